@@ -474,5 +474,5 @@ def add_prompts(batch, prompt, rng, points=1, noise=True):
         boxes = [box_prompt(mask, rng if noise else None) for mask in masks]
         return replace(batch, boxes=torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)))
     pairs = [point_prompt(mask, points, rng) for mask in masks]
-    return replace(batch, points=(torch.from_numpy(np.array([xy for xy, _ in pairs], np.float32).reshape(-1, points, 2)),
-                                  torch.ones((len(pairs), points), dtype=torch.int64)))
+    places = torch.from_numpy(np.array([xy for xy, _ in pairs], np.float32).reshape(-1, points, 2))
+    return replace(batch, points=(places, torch.ones((len(pairs), points), dtype=torch.int64)))

@@ -8,6 +8,7 @@ box, which are cut from the truth, only the organs that a slice holds are asked 
 """
 import json
 import os
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def ask(model, features, sample, key, attributes, prompt, points=1, seed=0, trut
 
 
 def label_map(asked, logits, size):
-    """Logits [n,S,S] of the classes `asked` -> uint8 [H,W] on the original grid: the most certain class, 0 where none."""
+    """Logits [n,S,S] of the classes `asked` -> uint8 [H,W] on the original grid: the most certain class, 0 for none."""
     if not asked:
         return np.zeros(size, np.uint8)
     best, which = to_original(logits, size).max(0)
@@ -131,7 +132,7 @@ def overlay(axis, image, label, classes, title=None):
     shown = image / 255.0
     for i in range(1, len(classes) + 1):
         inside = label == i
-        edge = inside & ~(np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
+        edge = inside & ~np.all([np.roll(inside, step, axis) for axis in (0, 1) for step in (1, -1)], axis=0)
         colour = np.array(to_rgb(COLOURS[(i - 1) % len(COLOURS)]))
         shown[inside] = 0.65 * shown[inside] + 0.35 * colour
         shown[edge] = colour
@@ -142,7 +143,7 @@ def overlay(axis, image, label, classes, title=None):
 
 
 def draw_examples(examples, classes, path, title):
-    """examples: one (Dice, case, slice, image, truth, prediction) per case -> a PNG of the best, median and worst case."""
+    """examples: (Dice, case, slice, image, truth, prediction) of each case -> a PNG of the best, median, worst case."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -162,7 +163,6 @@ def draw_examples(examples, classes, path, title):
     figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0.75 / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -174,7 +174,8 @@ def evaluate(model, dataset, attributes, prompt, points=1, seed=0, cache=None, p
     model.eval()
     cache = cache or FeatureCache(None, "")
     cases, examples, slices = {}, [], []
-    for i in tqdm(range(len(dataset)), f"evaluating, prompt {prompt}", unit="slice", disable=not progress, mininterval=1):
+    rows = range(len(dataset))
+    for i in tqdm(rows, f"evaluating, prompt {prompt}", unit="slice", disable=not progress, mininterval=1):
         sample = dataset[i]
         image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].contiguous()
         with autocast(model.device, precision):
@@ -200,7 +201,7 @@ def example(slices, scores):
 
 def newest_checkpoint(out="out"):
     """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
-    files = [f for name in ("best", "last") for pattern in ("", "*/") for f in Path(out).glob(f"{pattern}{name}.safetensors")]
+    files = [f for pattern in ("best", "last", "*/best", "*/last") for f in Path(out).glob(f"{pattern}.safetensors")]
     if not files:
         raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo, "
                          "or name one with --checkpoint")
@@ -213,7 +214,8 @@ def build_model(args):
     if args.checkpoint != "sam":
         for flag in ("backbone", "image_size", "normalize"):
             if getattr(args, flag):
-                raise InputError(f"--{flag.replace('_', '-')}: a checkpoint has its own; only --checkpoint sam takes it")
+                raise InputError(f"--{flag.replace('_', '-')}: a checkpoint has its own; leave it out, "
+                                 "or evaluate the untouched backbone with --checkpoint sam")
         return load_checkpoint(args.checkpoint or newest_checkpoint(), **given)
     if args.prompt == "none":
         raise InputError("--checkpoint sam --prompt none: without text and prompt SAM cannot know what is asked for; "
@@ -245,14 +247,15 @@ def main():
         raise InputError(f"--prompt {args.prompt}: choose from {', '.join(PROMPTS)}")
     if args.points < 1:
         raise InputError(f"--points {args.points}: give at least 1")
-    for path in (args.json, args.plots):
-        check_writable(path)
     model, record = build_model(args)
     args.dataset = args.dataset or record.get("dataset") or "demo"
     dataset = open_dataset(args.dataset, args.data, args.split, model.config.image_size, limit=args.limit)
     attributes = load_attributes(args.dataset, *[args.attributes] if args.attributes else [])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    if args.json:
+        make_folder(Path(args.json).parent)
+    if args.plots:
+        make_folder(args.plots)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(model.describe())
     cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
     cases, examples = evaluate(model, dataset, attributes, args.prompt, args.points, args.seed, cache, args.precision)
@@ -284,21 +287,18 @@ def check_runtime_flags(args):
     args.cache = None if args.cache == "none" else args.cache
 
 
-def check_writable(path):
-    """InputError now, not after an hour of work, if nothing can be written at or below `path`."""
-    if path is None:
-        return
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: {folder} cannot be written to; choose another place")
+def make_folder(folder):
+    """Makes a folder for results; InputError now, not after an hour of work, if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be written to ({e.strerror}); choose another place") from None
 
 
 def write_atomically(path, content):
     """Bytes to PATH, all or nothing."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)

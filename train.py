@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from cache import FeatureCache, fill
 from data import PROMPTS, InputError, Parser, add_prompts, load_attributes, make_batch, open_dataset, run, seeded
-from eval import add_runtime_flags, ask, autocast, check_runtime_flags, check_writable, label_map, write_atomically
+from eval import add_runtime_flags, ask, autocast, check_runtime_flags, label_map, make_folder, write_atomically
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, save_checkpoint
 
 LOG = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "lr", "images_per_s", "seconds", "val_dice")
@@ -124,9 +124,9 @@ class Batches(torch.utils.data.Dataset):
 # Validation and checkpoints
 
 def validate(model, dataset, rows, attributes, prompt, cache, precision, rank, world):
-    """Dice per class with the pixels of all given slices pooled, averaged over the classes -> float, equal on all ranks.
+    """Dice per class, the pixels of all given slices pooled, averaged over the classes -> float, equal on all ranks.
 
-    Pooled, because a slice in which a structure is absent has no Dice of its own, yet what is predicted there must count.
+    Pooled, because a slice that lacks a structure has no Dice of its own, yet what is predicted there must count.
     """
     model.eval()
     n = len(dataset.classes)
@@ -143,7 +143,7 @@ def validate(model, dataset, rows, attributes, prompt, cache, precision, rank, w
             sizes[t] += a.sum() + b.sum()
     model.train()
     if world > 1:
-        totals = torch.stack([both, sizes]).to(model.device, torch.float32 if model.device.type == "mps" else None)
+        totals = torch.stack([both, sizes]).to(model.device)
         dist.all_reduce(totals)
         both, sizes = totals.cpu()
     seen = sizes > 0
@@ -151,7 +151,7 @@ def validate(model, dataset, rows, attributes, prompt, cache, precision, rank, w
 
 
 def save_training(path, model, optimizer, **record):
-    """All that --resume needs, in one file that is replaced at once: parameters, moments, and the record as metadata."""
+    """All that --resume needs in one file, replaced at once: parameters, moments, and the record as metadata."""
     tensors = {}
     for name, p in model.trained().items():
         tensors[f"p.{name}"] = p.detach()
@@ -174,13 +174,14 @@ def load_training(path, model, optimizer):
         with torch.no_grad():
             for name, p in model.trained().items():
                 p.copy_(tensors[f"p.{name}"])
-                state = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                moments = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
         return record
     except FileNotFoundError:
         raise InputError(f"--resume: {path} is not there; leave --resume out to start anew") from None
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError, AttributeError) as e:
-        raise InputError(f"--resume: {path} is damaged ({type(e).__name__}); leave --resume out to start anew") from None
+        raise InputError(f"--resume: {path} is damaged ({type(e).__name__}); leave --resume out to start "
+                         "anew") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +234,6 @@ def parse():
     for flag, low, high in (("absent", 0, 1), ("jitter", 0, 0.5), ("lr", 1e-12, 10), ("weight_decay", 0, 10)):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {low} to {high}")
-    check_writable(args.out)
     return args
 
 
@@ -250,6 +250,7 @@ def main():
     val_rows = np.unique(np.linspace(0, len(val_set) - 1, args.val_slices).round().astype(int)).tolist()
     val_prompt = "none" if args.prompt == "mixed" else args.prompt
     attributes = load_attributes(args.dataset, *[args.attributes_file] if args.attributes_file else [])
+    make_folder(out)
     torch.manual_seed(args.seed)
     model = MedSegR(config).to(device)
     say(model.describe())
@@ -337,7 +338,6 @@ def main():
 
 def open_log(path, step):
     """A function that adds a row to the CSV, after dropping the rows beyond `step` of an interrupted run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     if step and path.is_file():
         with open(path, newline="") as f:

@@ -1,4 +1,4 @@
-"""The two operators of MedSeg-R in plain PyTorch: their definition, and the truth that faster versions are tested against."""
+"""The two operators of MedSeg-R in plain PyTorch: their definition, and the truth that faster versions must meet."""
 import torch
 import torch.nn.functional as F
 

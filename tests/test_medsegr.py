@@ -10,8 +10,9 @@ from segment_anything import sam_model_registry
 import medsegr
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, load_checkpoint, save_checkpoint
 
+WORDS = (("left", "bright", "round"), ("right", "dark", "long"), ("middle", "speckled", "wedge-like"))
 TEXTS = [dict(position=f"in the {side} upper abdomen", texture=f"{kind} soft tissue", shape=f"{shape} outline")
-         for side, kind, shape in (("left", "bright", "round"), ("right", "dark", "long"), ("middle", "speckled", "wedge"))]
+         for side, kind, shape in WORDS]
 INDEX = torch.tensor([0, 1, 1, 2, 0])  # five targets on three images, repeats and all
 FIVE = [TEXTS[i] for i in (0, 1, 2, 0, 1)]
 
@@ -33,7 +34,7 @@ def prompts(S, kind, generator):
 # Identity: an untrained MedSeg-R is the SAM that it was built on
 
 def plain_vit_sam(name, file, S):
-    """segment-anything's own SAM at S pixels, its weights written to `file`; its get_rel_pos interpolates at every call."""
+    """segment-anything's own SAM at S pixels, its weights in `file`; its get_rel_pos interpolates at every call."""
     sam = sam_model_registry[name]().eval().requires_grad_(False)
     for p in [sam.image_encoder.pos_embed] + [getattr(block.attn, axis) for block in sam.image_encoder.blocks
                                               for axis in ("rel_pos_h", "rel_pos_w")]:
@@ -253,7 +254,7 @@ def test_channel_attention_is_equation_4():
 
 
 def test_modulation_is_the_product_of_its_parts():
-    """F_attn = A_pos * F_SAM, then the texture's convolution, then the shape's; each part alone where others are off."""
+    """F_attn = A_pos * F_SAM, then the texture's convolution, then the shape's; each alone where others are off."""
     torch.manual_seed(0)
     features, index = torch.randn(2, 4, 9, 9), torch.tensor([1, 0, 1])
     A_pos, texture = torch.rand(3, 9, 9), torch.randn(3, 7, 7)
@@ -291,7 +292,8 @@ def test_explanation_shows_every_step():
 
 def test_no_targets():
     model = small().eval()
-    masks, iou = model.decode(torch.randn(1, 256, 16, 16), torch.zeros(0, dtype=torch.int64), model.encode_attributes([]))
+    nobody = torch.zeros(0, dtype=torch.int64)
+    masks, iou = model.decode(torch.randn(1, 256, 16, 16), nobody, model.encode_attributes([]))
     assert masks.shape == (0, 64, 64) and iou.shape == (0,)
 
 

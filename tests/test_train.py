@@ -160,7 +160,7 @@ def dice(a, b):
 
 @torch.no_grad()
 def answers(model, text_of, asked_for):
-    """Mean Dice, over the demo's test images with both organs, of what `text_of` finds with the masks of `asked_for`."""
+    """Mean Dice of what the texts of `text_of` find with the masks of `asked_for`, over demo images with both."""
     dataset = open_dataset("demo", split="test", image_size=model.config.image_size, limit=16)
     attributes = load_attributes("demo")
     a, b = CLASSES.index(text_of), CLASSES.index(asked_for)
@@ -187,8 +187,8 @@ def test_the_text_decides_what_is_found(demo_run):
 def test_evaluation_of_the_demo(demo_run, tmp_path, cache_folder):
     """The table, its JSON and the picture; and what an untrained model cannot do."""
     out = tmp_path / "new folder" / "table.json"
-    done = python("eval.py", "--checkpoint", demo_run / "last.safetensors", "--json", out, "--plots", tmp_path / "plots",
-                  "--precision", "bfloat16", "--cache", cache_folder)
+    done = python("eval.py", "--checkpoint", demo_run / "last.safetensors", "--json", out, "--precision", "bfloat16",
+                  "--plots", tmp_path / "plots", "--cache", cache_folder)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(out.read_text())
     assert result["dataset"] == "demo" and result["prompt"] == "none" and len(result["cases"]) == 32
