@@ -12,8 +12,10 @@ BIN := .venv/bin
 
 # trains on drawn CT slices, evaluates without a prompt, leaves out/demo/table.json and out/demo/plots
 demo: .venv/ready
-	$(BIN)/python train.py --dataset demo --image-size 128 --batch-size 8 --max-steps 150 --precision bfloat16 --out out/demo
-	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --precision bfloat16 --json out/demo/table.json --plots out/demo/plots
+	$(BIN)/python train.py --dataset demo --image-size 128 --feature-grid 16 --batch-size 8 --max-steps 160 --warmup 20 \
+		--precision bfloat16 --out out/demo
+	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --precision bfloat16 --json out/demo/table.json \
+		--plots out/demo/plots
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests

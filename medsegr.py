@@ -523,9 +523,9 @@ class MedSegR(nn.Module):
             return Priors(None, None, None, None, None)
         triples = [tuple(text[a] for a in ATTRIBUTES) for text in texts]
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples or [("-",) * 3]))}  # a dummy for M = 0
-        new = [t for t in dict.fromkeys(t for triple in row for t in triple) if t not in self.tokens]
-        if new:
-            self.tokens.update(zip(new, zip(*self.clip(new))))
+        for text in {t for triple in row for t in triple} - self.tokens.keys():
+            # alone, so that rounding does not depend on which texts happened to come together
+            self.tokens[text] = tuple(x[0] for x in self.clip([text]))
         T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
         T_attr = self.cognitive(T, valid) if self.cognitive else None

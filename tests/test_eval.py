@@ -100,7 +100,7 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["--checkpoint", "/no/such"], "/no/such"), (["--prompt", "none"], "--prompt none"),
+    (["--checkpoint", "out"], "--image-size"), (["--prompt", "none"], "--prompt none"),
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/data"], "/no/data"),
     (["--prompt", "lasso"], "--prompt lasso"), (["--points", "0"], "--points 0"), (["--limit", "x"], "--limit"),
     (["--split", "dev"], "dev"), (["--json", "/proc/x/y.json"], "/proc/x"), (["--plots", "/proc/x"], "/proc/x"),
@@ -117,6 +117,12 @@ def test_nothing_trained_yet_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["eval.py"])
     with pytest.raises(InputError, match="python train.py"):
+        evaluation.main()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path / "missing")])
+    with pytest.raises(ModelError, match="missing.*train.py"):
         evaluation.main()
 
 

@@ -282,6 +282,16 @@ def test_text_steers_only_its_own_target():
     assert (a[1] - b[1]).abs().max() > 1e-2
 
 
+def test_tokens_do_not_depend_on_company():
+    """Bit for bit, or a resumed run, which meets its texts in another order, would drift."""
+    one, other = small().eval(), small().eval()
+    one.encode_attributes(TEXTS)
+    for text in reversed(TEXTS):
+        other.encode_attributes([text])
+    assert one.tokens.keys() == other.tokens.keys()
+    assert all(torch.equal(one.tokens[t][0], other.tokens[t][0]) for t in one.tokens)
+
+
 def test_explanation_shows_every_step():
     model = small().eval()
     with torch.no_grad():
