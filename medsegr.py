@@ -476,6 +476,14 @@ class MedSegR(nn.Module):
         """{name: parameter} of all that is trained: what an optimiser is given and what a checkpoint holds."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
+    def train(self, mode=True):
+        """As nn.Module.train, but the frozen encoders stay in evaluation mode: MiniLM, say, has dropout."""
+        super().train(mode)
+        for frozen in (self.sam.image_encoder, self.sam.prompt_encoder, self.clip):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
     def describe(self):
         """One line: backbone, text encoder, parameters."""
         trained = sum(p.numel() for p in self.trained().values()) / 1e6
