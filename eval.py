@@ -36,7 +36,7 @@ def autocast(device, precision):
 
 
 @torch.no_grad()
-def ask(model, features, sample, key, attributes, prompt, points=1, seed=0, truth=None):
+def ask(model, features, sample, key, attributes, prompt, points=1, seed=0):
     """Features [1,C,H,W] of one sample -> (indices of the classes asked for [n], mask logits float32 [n,S,S]).
 
     prompt "none" asks for every class, "point" and "box" for those with a mask; prompts depend on key, class and seed
