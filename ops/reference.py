@@ -1,4 +1,4 @@
-"""The two operators of MedSeg-R in plain PyTorch: their definition, and the truth that faster versions must meet."""
+"""The two operators of MedSeg-R in plain PyTorch: their definition, and the truth that the compiled versions must meet."""
 import torch
 import torch.nn.functional as F
 
@@ -9,23 +9,34 @@ def dynamic_conv2d(x, weight, gate=None, index=None):
     y[m, c] = conv(gate[m] * x[index[m], c], weight[m]) with zero padding k // 2.
 
     x [B,C,H,W] features; weight [M,k,k], k odd; gate [M,H,W] or None (all ones); index int64 [M], the image of each
-    target, or None (target m reads image m, so M = B). Returns [M,C,H,W]. As in all of PyTorch, "convolution" is
-    cross-correlation.
+    target, or None (target m reads image m, so M = B). Returns [M,C,H,W] of x's dtype. As in all of PyTorch,
+    "convolution" is cross-correlation.
     """
-    k = weight.shape[-1]
-    if weight.dim() != 3 or weight.shape[1] != k or k % 2 == 0:
-        raise ValueError(f"weight must be [M,k,k] with k odd, not {list(weight.shape)}")
+    check_dynamic(x, weight, gate, index)
+    k, dtype = weight.shape[-1], x.dtype
     if index is not None:
         x = x[index]
-    if len(x) != len(weight):
-        raise ValueError(f"{len(weight)} kernels for {len(x)} targets")
     if gate is not None:
-        x = gate[:, None] * x
+        x = gate[:, None].to(dtype) * x
     M, C, H, W = x.shape
-    if M == 0:
-        return x + 0
-    weight = weight[:, None].repeat_interleave(C, 0).to(x.dtype)  # every channel of every target is a group of its own
+    if x.numel() == 0:
+        return x + 0 * weight.sum().to(dtype)  # nothing, but with gradients (of zero)
+    weight = weight[:, None].repeat_interleave(C, 0).to(dtype)  # every channel of every target is a group of its own
     return F.conv2d(x.reshape(1, M * C, H, W), weight, padding=k // 2, groups=M * C).view(M, C, H, W)
+
+
+def check_dynamic(x, weight, gate, index):
+    """ValueError unless the shapes are those of dynamic_conv2d."""
+    M, k = weight.shape[0], weight.shape[-1]
+    if weight.dim() != 3 or weight.shape[1] != k or k % 2 == 0:
+        raise ValueError(f"weight must be [M,k,k] with k odd, not {list(weight.shape)}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B,C,H,W], not {list(x.shape)}")
+    targets = len(x) if index is None else len(index)
+    if targets != M:
+        raise ValueError(f"{M} kernels for {targets} targets")
+    if gate is not None and gate.shape != (M, *x.shape[2:]):
+        raise ValueError(f"gate must be [{M},{x.shape[2]},{x.shape[3]}], not {list(gate.shape)}")
 
 
 def deform_conv2d(x, offset, weight):
@@ -34,16 +45,14 @@ def deform_conv2d(x, offset, weight):
     y[m, c, p] = sum_n weight[m, n] * x[m, c, p + p_n + offset[m, n, p]], bilinear between pixels, zero outside.
 
     x [M,C,H,W]; offset [M,2kk,H,W] in pixels, channel 2n is dy and 2n+1 dx of tap n (torchvision's order), or
-    [M,2kk,1,1] for offsets shared over space; weight [M,k,k], k odd. Returns [M,C,H,W].
+    [M,2kk,1,1] for offsets shared over space; weight [M,k,k], k odd. Returns [M,C,H,W] of x's dtype.
     """
-    M, C, H, W = x.shape
-    k = weight.shape[-1]
-    if weight.shape != (M, k, k) or k % 2 == 0:
-        raise ValueError(f"weight must be [{M},k,k] with k odd, not {list(weight.shape)}")
-    if offset.shape not in ((M, 2 * k * k, H, W), (M, 2 * k * k, 1, 1)):
-        raise ValueError(f"offset must be [{M},{2 * k * k},{H},{W}] or [{M},{2 * k * k},1,1], not {list(offset.shape)}")
-    if M == 0:
-        return x + 0
+    check_deform(x, offset, weight)
+    k, (M, C, H, W) = weight.shape[-1], x.shape
+    if x.numel() == 0:
+        return x + 0 * (weight.sum() + offset.sum()).to(x.dtype)
+    if offset.dtype in (torch.float16, torch.bfloat16):  # these cannot count pixels
+        offset = offset.float()
     tap = torch.arange(k * k, device=x.device)
     tap_y = (tap // k - k // 2)[:, None, None] + offset[:, 0::2]  # [M,kk,H|1,W|1]: where each tap reads, from p
     tap_x = (tap % k - k // 2)[:, None, None] + offset[:, 1::2]
@@ -54,7 +63,19 @@ def deform_conv2d(x, offset, weight):
     y = torch.zeros_like(x)
     for n in range(k * k):
         y = y + weight[:, n // k, n % k].view(M, 1, 1, 1) * bilinear(x, tap_y[:, n], tap_x[:, n])
-    return y
+    return y.to(x.dtype)
+
+
+def check_deform(x, offset, weight):
+    """ValueError unless the shapes are those of deform_conv2d."""
+    M, k = x.shape[0], weight.shape[-1]
+    if x.dim() != 4:
+        raise ValueError(f"x must be [M,C,H,W], not {list(x.shape)}")
+    if weight.shape != (M, k, k) or k % 2 == 0:
+        raise ValueError(f"weight must be [{M},k,k] with k odd, not {list(weight.shape)}")
+    H, W = x.shape[2:]
+    if offset.shape not in ((M, 2 * k * k, H, W), (M, 2 * k * k, 1, 1)):
+        raise ValueError(f"offset must be [{M},{2 * k * k},{H},{W}] or [{M},{2 * k * k},1,1], not {list(offset.shape)}")
 
 
 def bilinear(x, y, x_):
