@@ -84,10 +84,9 @@ std::pair<Tensor, Tensor> dense_kernel_backward(const std::vector<double>& taps,
 // that are wholly outside.
 struct Block {
   int64_t H, W, stride;
-  Block(int64_t H, int64_t W) : H(H), W(W), stride(W + 2) {}
+  Block(int64_t H, int64_t W) : H(H), W(W), stride(W + 2) { TORCH_CHECK((H + 4) * stride < INT32_MAX, "too large"); }
   int64_t size() const { return (H + 4) * stride; }
   int64_t outside() const { return (H + 2) * stride; }
-  int64_t at(int64_t y, int64_t x) const { return (y + 1) * stride + x + 1; }
 };
 
 // `lanes` planes [H,W] -> the inside of a block (ring = 1) or [H*W] pixels (ring = 0)
@@ -109,44 +108,52 @@ void transpose_out(const T* from, int64_t lanes, int64_t H, int64_t W, scalar_t*
   }
 }
 
-// A tap's upper left pixel in the block, and how far the read lies below and right of it
-template <typename T> struct Tap { int64_t at; T fy, fx; };
-
-// offset [2kk,H|1,W|1] of one target -> taps [H*W][kk]
-template <typename T>
-void find_taps(const Block& s, const T* offset, bool shared, int64_t k, Tap<T>* taps) {
-  const int64_t HW = s.H * s.W, kk = k * k;
-  for (int64_t p = 0; p < HW; ++p)
-    for (int64_t n = 0; n < kk; ++n) {
-      const int64_t o = shared ? 2 * n : 2 * n * HW + p, next = shared ? 1 : HW;
-      const T y = p / s.W + n / k - k / 2 + offset[o], x = p % s.W + n % k - k / 2 + offset[o + next];
-      const T y0 = std::floor(y), x0 = std::floor(x);
-      const bool inside = y0 >= -1 && y0 < s.H && x0 >= -1 && x0 < s.W;  // false for NaN, which fy and fx pass on
-      taps[p * kk + n] = {inside ? s.at(int64_t(y0), int64_t(x0)) : s.outside(), y - y0, x - x0};
-    }
-}
-
-template <typename T> struct Corners {  // the four pixels of a tap
-  Vec<T> v00, v01, v10, v11;
-  Corners(const T* x, int64_t stride)
-      : v00(load(x)), v01(load(x + LANES<T>)), v10(load(x + stride * LANES<T>)),
-        v11(load(x + (stride + 1) * LANES<T>)) {}
+// Where each tap reads: its upper left pixel in the block, and how far below and right of that, each [kk,H*W].
+template <typename T> struct Taps {
+  std::vector<int32_t> at;
+  std::vector<T> fy, fx;
+  explicit Taps(int64_t n) : at(n), fy(n), fx(n) {}
 };
 
-// Targets and shares of their channels are dealt out to the threads; a share does not depend on how many there are.
+// offset [2kk,H|1,W|1] of one target -> taps
+template <typename T>
+void find_taps(const Block& s, const T* offset, bool shared, int64_t k, Taps<T>& taps) {
+  const int64_t HW = s.H * s.W, kk = k * k, size = shared ? 1 : HW;
+  for (int64_t n = 0; n < kk; ++n)
+    for (int64_t i = 0; i < s.H; ++i)
+      for (int64_t j = 0; j < s.W; ++j) {
+        const int64_t p = i * s.W + j, to = n * HW + p, from = 2 * n * size + (shared ? 0 : p);
+        const T y = T(i + n / k - k / 2) + offset[from], x = T(j + n % k - k / 2) + offset[from + size];
+        const T y0 = std::floor(y), x0 = std::floor(x);
+        const bool inside = y0 >= -1 && y0 < s.H && x0 >= -1 && x0 < s.W;  // false for NaN, which fy and fx pass on
+        const int32_t row = inside ? y0 : T(0), column = inside ? x0 : T(0);
+        taps.at[to] = inside ? int32_t((row + 1) * s.stride + column + 1) : int32_t(s.outside());
+        taps.fy[to] = y - y0;
+        taps.fx[to] = x - x0;
+      }
+}
+
+template <typename T> struct Corners {  // the four pixels of a tap, and their means on its upper and lower row
+  Vec<T> v00, v01, v10, v11, top, low;
+  Corners(const T* x, int64_t stride, T fx)
+      : v00(load(x)), v01(load(x + LANES<T>)), v10(load(x + stride * LANES<T>)),
+        v11(load(x + (stride + 1) * LANES<T>)), top(v00 + (v01 - v00) * fx), low(v10 + (v11 - v10) * fx) {}
+};
+
+// Targets and shares of their channels go to the threads; how many shares does not depend on how many threads there are.
 int64_t shares(int64_t M, int64_t C, int64_t lanes) {
-  return std::min<int64_t>(std::max<int64_t>(1, 64 / M), (C + lanes - 1) / lanes);
+  return std::min<int64_t>(std::max<int64_t>(1, 16 / M), (C + lanes - 1) / lanes);
 }
 
 template <typename scalar_t, typename T, typename F>
 void each_block(int64_t M, int64_t C, const Block& s, const T* offset, bool shared, int64_t k, F f) {
   const int64_t parts = shares(M, C, LANES<T>), blocks = (C + LANES<T> - 1) / LANES<T>, kk = k * k;
   at::parallel_for(0, M * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Tap<T>> taps(s.H * s.W * kk);
+    Taps<T> taps(s.H * s.W * kk);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m = task / parts, part = task % parts;
-      find_taps(s, offset + m * 2 * kk * (shared ? 1 : s.H * s.W), shared, k, taps.data());
-      f(m, part, taps.data(), part * blocks / parts, (part + 1) * blocks / parts);
+      find_taps(s, offset + m * 2 * kk * (shared ? 1 : s.H * s.W), shared, k, taps);
+      f(m, part, taps, part * blocks / parts, (part + 1) * blocks / parts);
     }
   });
 }
@@ -155,7 +162,7 @@ template <typename scalar_t, typename T = typename Sum<scalar_t>::type>
 void forward(const Block& s, int64_t M, int64_t C, int64_t k, const scalar_t* x, const T* offset, bool shared,
              const T* weight, scalar_t* y) {
   const int64_t HW = s.H * s.W, kk = k * k;
-  each_block<scalar_t>(M, C, s, offset, shared, k, [&](int64_t m, int64_t, const Tap<T>* taps, int64_t b, int64_t end) {
+  each_block<scalar_t>(M, C, s, offset, shared, k, [&](int64_t m, int64_t, const Taps<T>& taps, int64_t b, int64_t end) {
     std::vector<T> in(s.size() * LANES<T>), out(HW * LANES<T>);
     for (; b < end; ++b) {
       const int64_t first = m * C + b * LANES<T>, lanes = std::min<int64_t>(LANES<T>, C - b * LANES<T>);
@@ -163,11 +170,9 @@ void forward(const Block& s, int64_t M, int64_t C, int64_t k, const scalar_t* x,
       for (int64_t p = 0; p < HW; ++p) {
         Vec<T> acc{};
         for (int64_t n = 0; n < kk; ++n) {
-          const Tap<T>& tap = taps[p * kk + n];
-          const Corners<T> v(in.data() + tap.at * LANES<T>, s.stride);
-          const T low = weight[m * kk + n] * tap.fy, top = weight[m * kk + n] - low;
-          acc += v.v00 * (top - top * tap.fx) + v.v01 * (top * tap.fx);
-          acc += v.v10 * (low - low * tap.fx) + v.v11 * (low * tap.fx);
+          const int64_t i = n * HW + p;
+          const Corners<T> v(&in[taps.at[i] * LANES<T>], s.stride, taps.fx[i]);
+          acc += (v.top + (v.low - v.top) * taps.fy[i]) * weight[m * kk + n];
         }
         store(&out[p * LANES<T>], acc);
       }
@@ -183,7 +188,7 @@ void backward(const Block& s, int64_t M, int64_t C, int64_t k, const scalar_t* g
               const T* offset, bool shared, const T* weight, scalar_t* grad_x, T* grad_offset, T* grad_weight) {
   const int64_t HW = s.H * s.W, kk = k * k;
   each_block<scalar_t>(M, C, s, offset, shared, k,
-                       [&](int64_t m, int64_t part, const Tap<T>* taps, int64_t b, int64_t end) {
+                       [&](int64_t m, int64_t part, const Taps<T>& taps, int64_t b, int64_t end) {
     std::vector<T> in(s.size() * LANES<T>), g(HW * LANES<T>), back(grad_x ? in.size() : 0), acc(kk * LANES<T>);
     T* to_offset = grad_offset ? grad_offset + (part * M + m) * 2 * kk * HW : nullptr;
     for (; b < end; ++b) {
@@ -194,26 +199,24 @@ void backward(const Block& s, int64_t M, int64_t C, int64_t k, const scalar_t* g
       std::fill(back.begin(), back.end(), T(0));
       for (int64_t p = 0; p < HW; ++p)
         for (int64_t n = 0; n < kk; ++n) {
-          const Tap<T>& tap = taps[p * kk + n];
           const Vec<T> here = load(&g[p * LANES<T>]);
-          const T w = weight[m * kk + n];
+          const T w = weight[m * kk + n], fy = taps.fy[n * HW + p], fx = taps.fx[n * HW + p];
+          const int64_t at = taps.at[n * HW + p] * LANES<T>;
           if (grad_x) {
-            T* to = &back[tap.at * LANES<T>];
-            const Vec<T> low = here * (w * tap.fy), top = here * w - low;
+            T* to = &back[at];
+            const Vec<T> low = here * (w * fy), top = here * w - low;
             const int64_t below = s.stride * LANES<T>;
-            store(to, load(to) + top - top * tap.fx);
-            store(to + LANES<T>, load(to + LANES<T>) + top * tap.fx);
-            store(to + below, load(to + below) + low - low * tap.fx);
-            store(to + below + LANES<T>, load(to + below + LANES<T>) + low * tap.fx);
+            store(to, load(to) + top - top * fx);
+            store(to + LANES<T>, load(to + LANES<T>) + top * fx);
+            store(to + below, load(to + below) + low - low * fx);
+            store(to + below + LANES<T>, load(to + below + LANES<T>) + low * fx);
           }
-          if (!to_offset && !grad_weight) continue;
-          const Corners<T> v(&in[tap.at * LANES<T>], s.stride);
-          const Vec<T> top = v.v00 + (v.v01 - v.v00) * tap.fx, low = v.v10 + (v.v11 - v.v10) * tap.fx;
+          const Corners<T> v(&in[at], s.stride, fx);
           if (grad_weight)
-            store(&acc[n * LANES<T>], load(&acc[n * LANES<T>]) + here * (top + (low - top) * tap.fy));
+            store(&acc[n * LANES<T>], load(&acc[n * LANES<T>]) + here * (v.top + (v.low - v.top) * fy));
           if (to_offset) {
-            const Vec<T> across = (v.v01 - v.v00) * (1 - tap.fy) + (v.v11 - v.v10) * tap.fy;
-            to_offset[2 * n * HW + p] += w * sum<T>(here * (low - top));
+            const Vec<T> across = (v.v01 - v.v00) * (1 - fy) + (v.v11 - v.v10) * fy;
+            to_offset[2 * n * HW + p] += w * sum<T>(here * (v.low - v.top));
             to_offset[(2 * n + 1) * HW + p] += w * sum<T>(here * across);
           }
         }
@@ -284,8 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(
              need_offset ? grad_offset.mutable_data_ptr<T>() : nullptr,
              need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
   });
-  if (need_offset) grad_offset = grad_offset.sum(0);
-  if (need_offset && is_shared(offset)) grad_offset = grad_offset.sum({2, 3}, true);
+  if (need_offset) grad_offset = grad_offset.sum(0).sum_to_size(offset.sizes());
   return {grad_x, need_offset ? grad_offset : none, need_weight ? grad_weight.sum(0) : none};
 }
 

@@ -13,37 +13,32 @@ constexpr int ROWS = 8;
 
 // The size of a padded plane: k / 2 zeros around it, and on the right and below as many as whole registers and strips
 // need, so that no loop has to look where it is.
-struct Plane {
-  int64_t H, W, k, pad, width, stride, rows;
+template <typename T> struct Plane {
+  int64_t H, W, k, pad, stride, rows;
   Plane(int64_t H, int64_t W, int64_t k)
-      : H(H), W(W), k(k), pad(k / 2), width(0), stride(0), rows(round_up(H, ROWS) + k - 1) {}
-  template <typename T> Plane in() const {
-    Plane p = *this;
-    p.width = round_up(W, LANES<T>);
-    p.stride = p.width + k - 1;
-    return p;
-  }
-  int64_t size() const { return rows * stride; }
+      : H(H), W(W), k(k), pad(k / 2), stride(round_up(W, LANES<T>) + k - 1), rows(round_up(H, ROWS) + k - 1) {}
+  int64_t padded() const { return rows * stride + LANES<T>; }
+  int64_t flat() const { return round_up(H, ROWS) * W + LANES<T>; }  // [H,W], and room for what is written beyond it
 };
 
-// src [H,W] (times gate [H,W]) -> the inside of a padded plane; its borders stay zero
+// src [H,W] (times gate [H,W]) -> the inside of a padded plane, whose borders stay zero; `flat` is scratch
 template <typename T, typename scalar_t>
-void fill(const Plane& s, T* plane, const scalar_t* src, const T* gate) {
+void fill(const Plane<T>& s, T* plane, const scalar_t* src, const T* gate, T* flat) {
+  for (int64_t i = 0; i < s.H * s.W; ++i) flat[i] = static_cast<T>(src[i]) * (gate ? gate[i] : T(1));
   for (int64_t y = 0; y < s.H; ++y) {
     T* row = plane + (y + s.pad) * s.stride + s.pad;
-    for (int64_t x = 0; x < s.W; ++x) row[x] = static_cast<T>(src[y * s.W + x]);
-    if (gate)
-      for (int64_t x = 0; x < s.W; ++x) row[x] *= gate[y * s.W + x];
+    for (int64_t x = 0; x < s.W; x += LANES<T>) store(row + x, load(flat + y * s.W + x));
+    store(row + s.W, Vec<T>{});  // the rest of the last register; what this reaches of the next row is still to come
   }
 }
 
-// padded plane, weight [k,k] -> out [H rounded up, width]: out[y,x] = sum_ij plane[y+i,x+j] * weight[i,j]. K = k, or 0
-// if that is not known when compiling.
+// padded plane, weight [k,k] -> out [H,W]: out[y,x] = sum_ij plane[y+i,x+j] * weight[i,j]. K = k, or 0 if that is not
+// known when compiling. From right to left and downwards, since a row's last register reaches into the next row.
 template <int K, typename T>
-void convolve(const Plane& s, const T* plane, const T* weight, T* out) {
+void convolve(const Plane<T>& s, const T* plane, const T* weight, T* out) {
   const int k = K ? K : s.k;
   for (int64_t y = 0; y < s.H; y += ROWS)
-    for (int64_t x = 0; x < s.W; x += LANES<T>) {
+    for (int64_t x = round_up(s.W, LANES<T>) - LANES<T>; x >= 0; x -= LANES<T>) {
       Vec<T> acc[ROWS] = {};
       for (int j = 0; j < k; ++j) {
         const T* column = plane + y * s.stride + x + j;
@@ -63,14 +58,14 @@ void convolve(const Plane& s, const T* plane, const T* weight, T* out) {
             for (int o = 0; o < ROWS; ++o) acc[o] += load(column + (i + o) * s.stride) * weight[i * k + j];
         }
       }
-      for (int o = 0; o < ROWS; ++o) store(out + (y + o) * s.width + x, acc[o]);
+      for (int o = 0; o < ROWS; ++o) store(out + (y + o) * s.W + x, acc[o]);
     }
 }
 
 // padded planes of the input and of the output's gradient -> acc[i,j] += sum_yx plane[y+i,x+j] * grad[y,x], where
 // each of the k x k sums is still a register of LANES numbers
 template <int K, typename T>
-void correlate(const Plane& s, const T* plane, const T* grad, T* acc) {
+void correlate(const Plane<T>& s, const T* plane, const T* grad, T* acc) {
   const int k = K ? K : s.k;
   for (int64_t y = 0; y < s.H; y += ROWS)
     for (int64_t x = 0; x < s.W; x += LANES<T>) {
@@ -101,19 +96,17 @@ void correlate(const Plane& s, const T* plane, const T* grad, T* acc) {
     }
 }
 
-template <int K, typename scalar_t>
-void forward(const Plane& s, int64_t M, int64_t C, const scalar_t* x, const typename Sum<scalar_t>::type* weight,
-             const typename Sum<scalar_t>::type* gate, const int64_t* index, scalar_t* y) {
-  using T = typename Sum<scalar_t>::type;
+template <int K, typename scalar_t, typename T>
+void forward(const Plane<T>& s, int64_t M, int64_t C, const scalar_t* x, const T* weight, const T* gate,
+             const int64_t* index, scalar_t* y) {
   const int64_t HW = s.H * s.W;
   at::parallel_for(0, M * C, std::max<int64_t>(1, GRAIN / (HW * s.k * s.k)), [&](int64_t begin, int64_t end) {
-    std::vector<T> plane(s.size()), out(round_up(s.H, ROWS) * s.width);
+    std::vector<T> plane(s.padded()), flat(s.flat());
     for (int64_t mc = begin; mc < end; ++mc) {
       const int64_t m = mc / C, c = mc % C, b = index ? index[m] : m;
-      fill(s, plane.data(), x + (b * C + c) * HW, gate ? gate + m * HW : nullptr);
-      convolve<K>(s, plane.data(), weight + m * s.k * s.k, out.data());
-      for (int64_t i = 0; i < s.H; ++i)
-        for (int64_t j = 0; j < s.W; ++j) y[mc * HW + i * s.W + j] = static_cast<scalar_t>(out[i * s.width + j]);
+      fill(s, plane.data(), x + (b * C + c) * HW, gate ? gate + m * HW : nullptr, flat.data());
+      convolve<K>(s, plane.data(), weight + m * s.k * s.k, flat.data());
+      for (int64_t i = 0; i < HW; ++i) y[mc * HW + i] = static_cast<scalar_t>(flat[i]);
     }
   });
 }
@@ -121,15 +114,12 @@ void forward(const Plane& s, int64_t M, int64_t C, const scalar_t* x, const type
 // Channels are dealt out in `blocks` fixed shares, and a share runs through all targets: so nothing is written by two
 // threads, and sums do not depend on how many threads there are. grad_weight [blocks,M,k,k] and grad_gate
 // [blocks,M,H,W] are summed over the shares afterwards; a null pointer is not asked for.
-template <int K, typename scalar_t>
-void backward(const Plane& s, int64_t M, int64_t C, int64_t blocks, const scalar_t* grad, const scalar_t* x,
-              const typename Sum<scalar_t>::type* weight, const typename Sum<scalar_t>::type* gate,
-              const int64_t* index, typename Sum<scalar_t>::type* grad_x, typename Sum<scalar_t>::type* grad_weight,
-              typename Sum<scalar_t>::type* grad_gate) {
-  using T = typename Sum<scalar_t>::type;
+template <int K, typename scalar_t, typename T>
+void backward(const Plane<T>& s, int64_t M, int64_t C, int64_t blocks, const scalar_t* grad, const scalar_t* x,
+              const T* weight, const T* gate, const int64_t* index, T* grad_x, T* grad_weight, T* grad_gate) {
   const int64_t HW = s.H * s.W, kk = s.k * s.k;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> plane(s.size()), g(s.size()), back(round_up(s.H, ROWS) * s.width);
+    std::vector<T> plane(s.padded()), g(s.padded()), flat(s.flat());
     std::vector<T> flipped(kk), acc(kk * LANES<T>);
     for (int64_t block = begin; block < end; ++block)
       for (int64_t m = 0; m < M; ++m) {
@@ -141,22 +131,17 @@ void backward(const Plane& s, int64_t M, int64_t C, int64_t blocks, const scalar
         if (gate_sum) std::fill(gate_sum, gate_sum + HW, T(0));
         for (int64_t c = block * C / blocks; c < (block + 1) * C / blocks; ++c) {
           const scalar_t* from = x + (b * C + c) * HW;
-          fill(s, g.data(), grad + (m * C + c) * HW, static_cast<const T*>(nullptr));
+          fill(s, g.data(), grad + (m * C + c) * HW, static_cast<const T*>(nullptr), flat.data());
           if (grad_weight) {
-            fill(s, plane.data(), from, here);
+            fill(s, plane.data(), from, here, flat.data());
             correlate<K>(s, plane.data(), g.data(), acc.data());
           }
           if (!grad_x && !gate_sum) continue;
-          convolve<K>(s, g.data(), flipped.data(), back.data());  // the gradient of gate * x
-          for (int64_t i = 0; i < s.H; ++i) {
-            const T* row = back.data() + i * s.width;
-            if (gate_sum)
-              for (int64_t j = 0; j < s.W; ++j)
-                gate_sum[i * s.W + j] += row[j] * static_cast<T>(from[i * s.W + j]);
-            if (grad_x)
-              for (int64_t j = 0; j < s.W; ++j)
-                grad_x[(b * C + c) * HW + i * s.W + j] += here ? row[j] * here[i * s.W + j] : row[j];
-          }
+          convolve<K>(s, g.data(), flipped.data(), flat.data());  // the gradient of gate * x
+          if (gate_sum)
+            for (int64_t i = 0; i < HW; ++i) gate_sum[i] += flat[i] * static_cast<T>(from[i]);
+          if (T* to = grad_x ? grad_x + (b * C + c) * HW : nullptr)
+            for (int64_t i = 0; i < HW; ++i) to[i] += here ? flat[i] * here[i] : flat[i];
         }
         if (grad_weight)
           for (int64_t i = 0; i < kk; ++i) grad_weight[(block * M + m) * kk + i] = sum<T>(load(&acc[i * LANES<T>]));
@@ -201,9 +186,9 @@ Tensor dynamic_conv2d(const Tensor& x_, const Tensor& weight_, const Optional& g
   if (y.numel() == 0) return y;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "dynamic_conv2d", [&] {
     using T = typename Sum<scalar_t>::type;
-    const Plane s = Plane(H, W, k).in<T>();
+    const Plane<T> s(H, W, k);
     with_kernel_size(k, [&](auto K) {
-      forward<K()>(s, M, C, x.const_data_ptr<scalar_t>(), weight.const_data_ptr<T>(),
+      forward<K(), scalar_t>(s, M, C, x.const_data_ptr<scalar_t>(), weight.const_data_ptr<T>(),
                    gate.defined() ? gate.const_data_ptr<T>() : nullptr,
                    index.defined() ? index.const_data_ptr<int64_t>() : nullptr, y.mutable_data_ptr<scalar_t>());
     });
@@ -226,10 +211,10 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_conv2d_backward(
   if (grad.numel() > 0)
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "dynamic_conv2d_backward", [&] {
       using T = typename Sum<scalar_t>::type;
-      const Plane s = Plane(H, W, k).in<T>();
+      const Plane<T> s(H, W, k);
       const auto to = [](Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
       with_kernel_size(k, [&](auto K) {
-        backward<K()>(s, M, C, blocks, grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
+        backward<K(), scalar_t>(s, M, C, blocks, grad.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
                       weight.const_data_ptr<T>(), gate.defined() ? gate.const_data_ptr<T>() : nullptr,
                       index.defined() ? index.const_data_ptr<int64_t>() : nullptr, to(grad_x), to(grad_weight),
                       to(grad_gate));
