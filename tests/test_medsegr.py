@@ -1,4 +1,5 @@
 """The model against segment-anything, LiteMedSAM, open_clip and the paper's equations written out."""
+import contextlib
 import json
 
 import open_clip
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from segment_anything import sam_model_registry
 
 import medsegr
+import ops
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, load_checkpoint, save_checkpoint
+from train import segmentation_loss
 
 WORDS = (("left", "bright", "round"), ("right", "dark", "long"), ("middle", "speckled", "wedge-like"))
 TEXTS = [dict(position=f"in the {side} upper abdomen", texture=f"{kind} soft tissue", shape=f"{shape} outline")
@@ -268,6 +271,29 @@ def test_modulation_is_the_product_of_its_parts():
     only = medsegr.modulate(features, index, full._replace(texture=None, shape_kernel=None, shape_offset=None))
     torch.testing.assert_close(only, A_pos[:, None] * features[index])
     torch.testing.assert_close(medsegr.modulate(features, index, medsegr.Priors(*[None] * 5)), features[index])
+
+
+@pytest.mark.parametrize("offset_grid", [1, 3])
+def test_a_step_with_compiled_operators_equals_one_with_their_definitions(offset_grid):
+    """Loss, the gradient of every trained parameter, and the masks that an evaluation would merge."""
+    assert ops.compiled("cpu")
+    model = small(offset_grid=offset_grid).train()
+    perturb(model)
+    features, generator = torch.randn(3, 256, 16, 16), torch.Generator().manual_seed(2)
+    masks = torch.rand(5, 64, 64, generator=generator) < 0.3
+    found = []
+    for scope in (contextlib.nullcontext, ops.reference_only):
+        model.zero_grad()
+        with scope():
+            logits, iou = model(None, INDEX, FIVE, *prompts(64, "point", torch.Generator().manual_seed(1)), features)
+        loss, _ = segmentation_loss(logits, iou, masks)
+        loss.backward()
+        found.append((loss.detach(), logits.detach(), {n: p.grad for n, p in model.trained().items()}))
+    (loss, logits, gradients), (loss_, logits_, gradients_) = found
+    torch.testing.assert_close(loss, loss_, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, logits_, rtol=1e-3, atol=1e-3)
+    for name, gradient in gradients_.items():
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
 def test_text_steers_only_its_own_target():
