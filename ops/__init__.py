@@ -33,7 +33,7 @@ def dynamic_conv2d(x, weight, gate=None, index=None):
     """
     reference.check_dynamic(x, weight, gate, index)
     x = autocast(x)
-    if not compiled(x.device.type):
+    if not compiled(x.device.type, x.dtype):
         return reference.dynamic_conv2d(x, weight, gate, index)
     wide = sum_dtype(x)
     return kernels.dynamic_conv2d(x, weight.to(wide), None if gate is None else gate.to(wide), index)
@@ -46,7 +46,7 @@ def deform_conv2d(x, offset, weight):
     """
     reference.check_deform(x, offset, weight)
     x = autocast(x)
-    if not compiled(x.device.type):
+    if not compiled(x.device.type, x.dtype):
         return reference.deform_conv2d(x, offset, weight)
     wide = sum_dtype(x)
     return kernels.deform_conv2d(x, offset.to(wide), weight.to(wide))
@@ -72,9 +72,9 @@ forced = []  # not empty inside reference_only()
 
 
 @torch.compiler.assume_constant_result
-def compiled(kind):
-    """Whether the extension for a kind of device is there; the first call builds it."""
-    if forced or kind not in ("cpu", "cuda"):
+def compiled(kind, dtype=torch.float32):
+    """Whether there is an extension for a kind of device that takes this dtype; the first call builds it."""
+    if forced or kind not in ("cpu", "cuda") or (kind == "cuda" and dtype == torch.float64):
         return False
     if kind not in state:
         try:
@@ -100,8 +100,8 @@ def reference_only():
 # Shapes for torch.compile, and autograd
 
 def grads(tensors, needs):
-    """The shapes of the gradients; empty where one is not asked for."""
-    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(tensors, needs))
+    """The shapes of the gradients, which are contiguous; empty where one is not asked for."""
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(tensors, needs))
 
 
 @torch.library.register_fake("medsegr::dynamic_conv2d", lib=library)
@@ -117,7 +117,7 @@ def _(grad, x, weight, gate, index, *needs):
 
 @torch.library.register_fake("medsegr::deform_conv2d", lib=library)
 def _(x, offset, weight):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("medsegr::deform_conv2d_backward", lib=library)

@@ -41,7 +41,7 @@ def load(kind):
     flags, target = (cpu_flags if kind == "cpu" else cuda_flags)()
     sources = sorted(HERE.glob("*.cpp" if kind == "cpu" else "*.cu"))
     digest = hashlib.blake2b(digest_size=8)
-    for part in [*sources, *sorted(HERE.glob("*.h")), *map(str.encode, [*flags, target, platform.python_version()])]:
+    for part in [*sources, *sorted(HERE.glob(f"{kind}*.h")), *map(str.encode, [*flags, target, platform.python_version()])]:
         digest.update(part.read_bytes() if isinstance(part, Path) else part)
     name = re.sub(r"\W", "_", f"medsegr_{kind}_torch{torch.__version__}_{digest.hexdigest()}")
     folder, started = build_root() / name, time.time()
