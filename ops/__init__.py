@@ -82,7 +82,8 @@ def compiled(kind, dtype=torch.float32):
             state[kind] = True
         except build.BuildError as e:
             state[kind] = False
-            warnings.warn(f"MedSeg-R's operators run in plain PyTorch on {kind}, several times slower: {e}", stacklevel=3)
+            warnings.warn(f"MedSeg-R's operators run in plain PyTorch on {kind}, several times slower: {e}",
+                          stacklevel=3)
     return state[kind]
 
 

@@ -1,8 +1,8 @@
 """Builds the operators' C++ and CUDA code on first use, into torch's extension cache (TORCH_EXTENSIONS_DIR).
 
-A build's folder is named by the torch version, a hash of the sources, and the machine's instruction set or GPUs, so that
-a stale one cannot be loaded. The library appears there by renaming, and the lock is the kernel's (flock): a process that
-is killed while building leaves neither half a library nor a lock.
+A build's folder is named by the torch version and a hash of the sources and of the machine's instruction set or GPUs,
+so that a stale one cannot be loaded. The library appears there by renaming, and the lock is the kernel's (flock): a
+process that is killed while building leaves neither half a library nor a lock.
 """
 import contextlib
 import functools
@@ -35,14 +35,15 @@ def load(kind):
     Processes that come while another one builds wait for it and share its library, or its failure. -> the library's
     path. BuildError if it cannot be built.
     """
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise BuildError(f"no C++ compiler ({os.environ.get('CXX', 'c++')}) was found; install g++, or name one with CXX")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise BuildError(f"no C++ compiler ({compiler}) was found; install g++, or name one with CXX")
     flags, target = (cpu_flags if kind == "cpu" else cuda_flags)()
     sources = sorted(HERE.glob("*.cpp" if kind == "cpu" else "*.cu"))
     digest = hashlib.blake2b(digest_size=8)
-    for part in [*sources, *sorted(HERE.glob(f"{kind}*.h")), *map(str.encode, [*flags, target, platform.python_version()])]:
-        digest.update(part.read_bytes() if isinstance(part, Path) else part)
+    for file in [*sources, *HERE.glob(f"{kind}.h")]:
+        digest.update(file.read_bytes())
+    digest.update(" ".join([*flags, target, platform.python_version()]).encode())
     name = re.sub(r"\W", "_", f"medsegr_{kind}_torch{torch.__version__}_{digest.hexdigest()}")
     folder, started = build_root() / name, time.time()
     try:
@@ -56,7 +57,7 @@ def load(kind):
                     compile_library(name, sources, flags, target, kind, library, failure)
         torch.ops.load_library(str(library))
     except OSError as e:
-        raise BuildError(f"{folder}: {e}; delete that folder, or name another place with TORCH_EXTENSIONS_DIR") from None
+        raise BuildError(f"{folder}: {e}; delete it, or name another place with TORCH_EXTENSIONS_DIR") from None
     return library
 
 

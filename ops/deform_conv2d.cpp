@@ -140,7 +140,7 @@ template <typename T> struct Corners {  // the four pixels of a tap, and their m
         v11(load(x + (stride + 1) * LANES<T>)), top(v00 + (v01 - v00) * fx), low(v10 + (v11 - v10) * fx) {}
 };
 
-// Targets and shares of their channels go to the threads; how many shares does not depend on how many threads there are.
+// Targets and shares of their channels go to the threads; the number of shares does not depend on that of threads.
 int64_t shares(int64_t M, int64_t C, int64_t lanes) {
   return std::min<int64_t>(std::max<int64_t>(1, 16 / M), (C + lanes - 1) / lanes);
 }
@@ -162,7 +162,8 @@ template <typename scalar_t, typename T = typename Sum<scalar_t>::type>
 void forward(const Block& s, int64_t M, int64_t C, int64_t k, const scalar_t* x, const T* offset, bool shared,
              const T* weight, scalar_t* y) {
   const int64_t HW = s.H * s.W, kk = k * k;
-  each_block<scalar_t>(M, C, s, offset, shared, k, [&](int64_t m, int64_t, const Taps<T>& taps, int64_t b, int64_t end) {
+  each_block<scalar_t>(M, C, s, offset, shared, k,
+                       [&](int64_t m, int64_t, const Taps<T>& taps, int64_t b, int64_t end) {
     std::vector<T> in(s.size() * LANES<T>), out(HW * LANES<T>);
     for (; b < end; ++b) {
       const int64_t first = m * C + b * LANES<T>, lanes = std::min<int64_t>(LANES<T>, C - b * LANES<T>);
@@ -287,8 +288,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(
              need_offset ? grad_offset.mutable_data_ptr<T>() : nullptr,
              need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
   });
-  if (need_offset) grad_offset = grad_offset.sum(0).sum_to_size(offset.sizes());
-  return {grad_x, need_offset ? grad_offset : none, need_weight ? grad_weight.sum(0) : none};
+  return {grad_x, need_offset ? grad_offset.sum(0).sum_to_size(offset.sizes()) : none,
+          need_weight ? grad_weight.sum(0) : none};
 }
 
 TORCH_LIBRARY_IMPL(medsegr, CPU, m) {

@@ -167,7 +167,7 @@ Tensor checked(const Optional& index, int64_t M, int64_t B) {
     TORCH_CHECK_VALUE(M == B, "dynamic_conv2d: ", M, " kernels for ", B, " images, and no index");
     return Tensor();
   }
-  TORCH_CHECK_VALUE(index->scalar_type() == at::kLong && index->numel() == M, "dynamic_conv2d: index must be int64 [M]");
+  TORCH_CHECK_VALUE(index->scalar_type() == at::kLong && index->numel() == M, "dynamic_conv2d: index: int64 [M]");
   const Tensor i = index->contiguous();
   for (int64_t m = 0; m < M; ++m) {
     const int64_t b = i.const_data_ptr<int64_t>()[m];

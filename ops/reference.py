@@ -1,4 +1,4 @@
-"""The two operators of MedSeg-R in plain PyTorch: their definition, and the truth that the compiled versions must meet."""
+"""The two operators of MedSeg-R in plain PyTorch: their definition, and what the compiled versions must equal."""
 import torch
 import torch.nn.functional as F
 

@@ -1,5 +1,5 @@
-"""The operators, compiled and in plain PyTorch: against their definitions in float64, gradcheck, opcheck, torch.compile,
-and torchvision where their domains meet."""
+"""The operators, compiled and in plain PyTorch: against their definitions in float64, gradcheck, opcheck,
+torch.compile, and torchvision where their domains meet."""
 import contextlib
 from types import SimpleNamespace
 
