@@ -13,9 +13,8 @@ BIN := .venv/bin
 # trains on drawn CT slices, evaluates without a prompt, leaves out/demo/table.json and out/demo/plots
 demo: .venv/ready
 	$(BIN)/python train.py --dataset demo --image-size 128 --feature-grid 16 --batch-size 8 --max-steps 160 --warmup 20 \
-		--precision bfloat16 --out out/demo
-	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --precision bfloat16 --json out/demo/table.json \
-		--plots out/demo/plots
+		--out out/demo
+	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --json out/demo/table.json --plots out/demo/plots
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests

@@ -327,10 +327,10 @@ def main():
         if rank == 0 and (done % 10 == 0 or check):
             rate = 10 * args.batch_size * world / max(1e-9, time.time() - shown)
             shown = time.time()
-            row = dict(step=done, epoch=epoch, prompt=prompt, loss=loss, **parts, lr=lr,
+            row = dict(step=done, epoch=epoch, prompt=prompt, loss=loss.detach(), **parts, lr=lr,
                        images_per_s=rate, seconds=shown - started)
             log({k: f"{float(v):.6g}" if k not in ("step", "epoch", "prompt") else v for k, v in row.items()})
-            bar.set_postfix(epoch=epoch, loss=f"{float(loss):.3f}", best=f"{progress['best']:.3f}")
+            bar.set_postfix(epoch=epoch, loss=f"{float(row['loss']):.3f}", best=f"{progress['best']:.3f}")
         if check:
             dice = validate(model, val_set, val_rows, attributes, val_prompt, cache, args.precision, rank, world)
             progress = dict(step=done, best=max(dice, progress["best"]), seconds=time.time() - started)

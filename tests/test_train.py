@@ -146,10 +146,10 @@ def test_two_processes(tmp_path, cache_folder):
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory, cache_folder):
-    """A model trained on the demo for two minutes, without prompts."""
+    """A model trained on the demo for a minute or two, without prompts."""
     out = tmp_path_factory.mktemp("demo")
     done = python("train.py", "--dataset", "demo", "--image-size", 128, "--feature-grid", 16, "--batch-size", 8,
-                  "--max-steps", 160, "--warmup", 20, "--precision", "bfloat16", "--cache", cache_folder, "--out", out)
+                  "--max-steps", 120, "--warmup", 20, "--cache", cache_folder, "--out", out)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
@@ -187,7 +187,7 @@ def test_the_text_decides_what_is_found(demo_run):
 def test_evaluation_of_the_demo(demo_run, tmp_path, cache_folder):
     """The table, its JSON and the picture; and what an untrained model cannot do."""
     out = tmp_path / "new folder" / "table.json"
-    done = python("eval.py", "--checkpoint", demo_run / "last.safetensors", "--json", out, "--precision", "bfloat16",
+    done = python("eval.py", "--checkpoint", demo_run / "last.safetensors", "--json", out,
                   "--plots", tmp_path / "plots", "--cache", cache_folder)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(out.read_text())
