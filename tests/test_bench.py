@@ -32,7 +32,7 @@ def peers():
             yield pytest.param(getattr(reference, ours.__name__), make, f, directions[-1], id=f"{title}: {name}")
 
 
-@pytest.mark.parametrize("definition,make,f,wanted", peers())
+@pytest.mark.parametrize("definition,make,f,wanted", list(peers()))
 @pytest.mark.parametrize("seed", range(5))
 def test_peers_equal_the_definition(definition, make, f, wanted, seed):
     torch.manual_seed(seed)
