@@ -1,7 +1,7 @@
 """Speed and memory of MedSeg-R's own parts against their peers, as ratios that anyone can repeat.
 
-    python bench.py ops                 both operators against plain PyTorch, torchvision and a copy; minutes on a CPU
-    python bench.py ops --quick         few shapes, under half a minute
+    python bench.py ops                 both operators against plain PyTorch, torchvision and a copy; nine minutes
+    python bench.py ops --quick         few shapes, for a first look
     python bench.py ops --device cuda --dtype bfloat16 --json ops.json
     python bench.py model               a training step and a decode, operators compiled against reference
 

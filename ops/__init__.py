@@ -112,8 +112,8 @@ def _(x, weight, gate, index):
 
 @torch.library.register_fake("medsegr::dynamic_conv2d_backward", lib=library)
 def _(grad, x, weight, gate, index, *needs):
-    H_W = x.shape[-2:]
-    return grads((x, weight, weight.new_empty(weight.shape[0], *H_W)), needs)
+    gate_like = weight.new_empty(weight.shape[0], *x.shape[-2:])
+    return grads((x, weight, gate_like), needs)
 
 
 @torch.library.register_fake("medsegr::deform_conv2d", lib=library)

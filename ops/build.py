@@ -87,7 +87,8 @@ def compile_library(name, sources, flags, target, kind, library, failure):
     torch_build = cpp_extension()
     print(f"building MedSeg-R's operators for {kind}, once, about half a minute", file=sys.stderr, flush=True)
     environment = {"TORCH_CUDA_ARCH_LIST": target} if kind == "cuda" else {}
-    torch_build.CUDA_HOME = cuda_home() or torch_build.CUDA_HOME
+    if kind == "cuda":
+        torch_build.CUDA_HOME = cuda_home()
     before = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)
     try:
