@@ -95,9 +95,11 @@ class FeatureCache:
         return self.total + size <= self.limit
 
 
-def fill(cache, dataset, encode, rank=0, world=1, note="encoding images"):
-    """Encodes this process's share of a data set's images into the cache, with a progress bar."""
+def fill(cache, count, sample, encode, rank=0, world=1, note="encoding images"):
+    """Encodes this process's share of the images sample(0), ..., sample(count - 1) into the cache; a progress bar."""
     if cache.root is None:
         return
-    for i in tqdm(range(rank, len(dataset), world), note, disable=rank > 0, unit="image", mininterval=1):
-        cache(torch.from_numpy(dataset[i].image).permute(2, 0, 1)[None].contiguous(), encode)
+    for i in tqdm(range(rank, count, world), note, disable=rank > 0, unit="image", mininterval=1):
+        image = torch.from_numpy(sample(i).image).permute(2, 0, 1)[None].contiguous()
+        if not cache.path(image[0]).is_file():
+            cache(image, encode)

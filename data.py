@@ -1,14 +1,13 @@
-"""Data: slices and their masks, the prompts cut from masks, the clinical texts, and training batches.
+"""Data: samples on the model's grid, their variations, the prompts cut from masks, the clinical texts, and batches.
 
-Nothing is ever unpickled. Coordinates are (x, y) in pixels of the resized S x S grid, pixel centres at integers.
+    python data.py stats --dataset kvasir --data DIR         counts, sizes, and everything that is wrong with the files
+    python data.py prepare synapse RAW --out data/synapse    the challenge's NIfTI volumes to the slices that we read
+
+readers.py and sa_med2d.py read the files. Coordinates are (x, y) in pixels of the resized S x S grid, pixel centres at
+integers.
 """
-import argparse
-import ctypes
-import hashlib
 import json
-import os
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,97 +15,57 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from demo import draw
+from common import InputError, Parser, read_text, run, seeded
+from readers import Demo, KiTS19, Kvasir, Synapse
+from sa_med2d import SAMed2D
 
 HERE = Path(__file__).resolve().parent
-DATASETS = ("demo", "synapse")
+SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir)}
+KNOBS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",)}
 SPLITS = ("train", "val", "test")
 PROMPTS = ("none", "point", "box")
 ATTRIBUTES = ("position", "texture", "shape")
 
-# TransUNet's ids 1..8, in order; 0 is background
-CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
-# the benchmark's 12 test cases; a checkpoint is never chosen by them, so three of the 18 others are held out
-TEST_CASES = ("0001", "0002", "0003", "0004", "0008", "0022", "0025", "0029", "0032", "0035", "0036", "0038")
-VAL_CASES = ("0010", "0028", "0037")
-
-
-class InputError(ValueError):
-    """Bad input: one line that names the file or flag and the remedy; scripts print it and exit with status 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is an InputError, so that a script prints one line instead of its whole usage."""
-
-    def error(self, message):
-        raise InputError(message + "; --help lists the flags")
-
-
-def keep_freed_memory():
-    """Asks glibc to reuse large blocks instead of returning each to the system, whose fresh pages cost a CPU more time
-    than many an operator: images are encoded a third faster. Elsewhere it does nothing."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-    for option, size in ((m_mmap_threshold, 2 ** 30), (m_trim_threshold, 2 ** 31 - 1), (m_top_pad, 2 ** 28)):
-        mallopt(option, size)
-
-
-def run(main, *errors):
-    """Calls main(). InputError and the exception classes `errors` become one line on stderr and exit status 2."""
-    script = Path(sys.argv[0]).name
-    keep_freed_memory()
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (InputError, *errors) as e:
-        print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
-def seeded(*parts):
-    """A generator that depends on `parts` alone (blake2b of their str): not on order, worker or PYTHONHASHSEED."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "little"))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samples and resizing
+# Samples
 
 @dataclass
 class Sample:
+    """An image on the S x S grid with T targets: masks that a target's name may share with others (instances)."""
     image: np.ndarray  # uint8 [S, S, 3], RGB
-    masks: np.ndarray  # bool [T, S, S], one per class of the data set, as in `targets`; an absent class is empty
+    masks: np.ndarray  # bool [T, S, S]
     targets: tuple[str, ...]  # the T class names
-    label: np.ndarray  # uint8 [H, W], the original grid: 0 background, i + 1 = targets[i]
-    modality: str  # "ct"
+    absent: tuple[str, ...]  # classes that are known not to be here
+    truth: np.ndarray  # bool [T, H, W]: the masks on the original grid; of an augmented view [T, 0, 0]
+    modality: str  # ct, mr, pet, ultrasound, x-ray, endoscopy, dermoscopy, fundus
     case: str  # e.g. "case0005"; the slices of a volume share it
-    slice: int
+    key: str  # e.g. "case0005_slice012": the image's name, unique in its data set
 
     @property
     def size(self):
         """(H, W) of the original grid."""
-        return self.label.shape
+        return self.truth.shape[1:]
 
 
-def make_sample(image, label, classes, size, **names):
-    """image float [H, W] in [0, 1], label uint8 [H, W] -> Sample on the size x size grid.
+def make_sample(picture, size, case, key):
+    """readers.Picture -> Sample on the size x size grid.
 
-    A non-square slice is stretched to the square, as SAM-Med2D does: boxes and points live on the square grid, and
-    `to_original` takes a prediction back. The image is resized with antialiasing; labels by nearest neighbour, which
+    An image that is not square is stretched to the square, as SAM-Med2D does: boxes and points live on the square grid,
+    and `to_original` takes a prediction back. The image is resized with antialiasing; masks by nearest neighbour, which
     cannot invent a label between two others.
     """
-    image, stretched = torch.from_numpy(np.array(image, np.float32))[None, None], torch.from_numpy(label)[None, None]
-    if label.shape != (size, size):
+    image = torch.from_numpy(np.array(np.atleast_3d(picture.image))).permute(2, 0, 1)[None]
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    masks, (h, w) = picture.masks, picture.image.shape[:2]
+    if (h, w) != (size, size):
         image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
-        stretched = F.interpolate(stretched, (size, size), mode="nearest-exact")
-    gray = (image[0, 0].clamp(0, 1) * 255).round().byte().numpy()
-    masks = stretched[0, 0].numpy() == np.arange(1, len(classes) + 1, dtype=np.uint8)[:, None, None]
-    return Sample(np.repeat(gray[..., None], 3, axis=2), masks, classes, label, **names)
+        if len(masks):
+            stretched = F.interpolate(torch.from_numpy(masks)[None].byte(), (size, size), mode="nearest-exact")
+            masks = stretched[0].bool().numpy()
+    image = (image[0].clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return Sample(np.ascontiguousarray(image), masks.reshape(-1, size, size), picture.targets, picture.absent,
+                  picture.masks, picture.modality, case, key)
 
 
 def to_original(x, size):
@@ -116,16 +75,59 @@ def to_original(x, size):
     return F.interpolate(x[None].float(), tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening
+def merge_instances(sample):
+    """The Sample with one mask per class name: without a prompt nothing tells one of several polyps from the others."""
+    names = tuple(dict.fromkeys(sample.targets))
+    if len(names) == len(sample.targets):
+        return sample
+    union = lambda masks: np.stack([masks[[t == name for t in sample.targets]].any(0) for name in names])
+    return replace(sample, masks=union(sample.masks), truth=union(sample.truth), targets=names)
+
+
+class Dataset:
+    """The samples of a split, or the part of it that --fraction and --limit keep. Nothing here grows with the data."""
+
+    def __init__(self, source, image_size, fraction, limit, seed):
+        self.source, self.image_size, self.seed = source, image_size, seed
+        self.name, self.classes, self.volumes = source.name, source.classes, source.volumes
+        self.kept = max(1, round(len(source) * fraction))
+        self.step, self.phase = len(source) / self.kept, seeded("fraction", seed).random()
+        self.length = min(self.kept, limit or self.kept)
+
+    def __len__(self):
+        return self.length
+
+    def row(self, i):
+        """Kept images are spread evenly over the split, from a phase that the seed draws."""
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        return int((i + self.phase) * self.step)
+
+    def key(self, i):
+        return self.source.key(self.row(i))
+
+    def case(self, i):
+        return self.source.case(self.row(i))
+
+    def __getitem__(self, i):
+        row = self.row(i)
+        return make_sample(self.source.read(row), self.image_size, self.source.case(row), self.source.key(row))
+
+    def view(self, i, number, texts):
+        """The Sample for training: as it is (0), or in one of its variations 1, 2, ..., which the seed draws."""
+        sample = self[i]
+        if number:
+            return vary(sample, texts, seeded("view", self.seed, sample.key, number))
+        return replace(sample, truth=np.zeros((len(sample.targets), 0, 0), bool))
+
 
 def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, limit=None, seed=0, **knobs):
-    """-> Demo or Synapse. `root`: the data's folder (default data/<name>). `knobs`: the demo's n, overlap, ...
+    """-> Dataset. `root`: the data's folder (default data/<name>). `knobs`: KNOBS; those that are None are left out.
 
     `fraction` in (0, 1] keeps an evenly spread subset whose phase is drawn from `seed`; `limit` then the first N.
     """
-    if name not in DATASETS:
-        raise InputError(f"--dataset {name}: unknown data set; known are {', '.join(DATASETS)}")
+    if name not in SOURCES:
+        raise InputError(f"--dataset {name}: unknown data set; known are {', '.join(SOURCES)}")
     if split not in SPLITS:
         raise InputError(f"split {split}: unknown; known are {', '.join(SPLITS)}")
     if not 0 < fraction <= 1:
@@ -134,223 +136,75 @@ def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, l
         raise InputError(f"--limit {limit}: give at least 1")
     if image_size < 8:
         raise InputError(f"--image-size {image_size}: give at least 8 pixels")
-    unknown = set(knobs) - ({"n", "overlap", "contrast", "size"} if name == "demo" else set())
+    knobs = {knob: value for knob, value in knobs.items() if value is not None}
+    unknown = set(knobs) - set(KNOBS.get(name, ()))
     if unknown:
         raise InputError(f"--dataset {name} has no setting {', '.join(sorted(unknown))}; leave it out")
     if name == "demo":
-        dataset = Demo(split, image_size, seed, **knobs)
+        source = Demo(split, seed, **knobs)
     else:
-        dataset = Synapse(root or Path("data") / name, split, image_size)
-    n = len(dataset)
-    k = max(1, round(n * fraction))
-    keep = ((np.arange(k) + seeded("fraction", seed).random()) * n / k).astype(int)[:limit]
-    for field in ("items", "cases", "keys"):
-        setattr(dataset, field, [getattr(dataset, field)[i] for i in keep])
-    return dataset
+        root = Path(root or Path("data") / name)
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder; name the one that holds {name} with --data DIR (README: how to "
+                             "get the data)")
+        source = SOURCES[name](root, split, **knobs)
+    return Dataset(source, image_size, fraction, limit, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Synapse (BTCV in the layout of TransUNet)
+# Variations for training
 
-class Synapse:
-    """Slices of abdominal CT in TransUNet's layout; nothing but names and the headers of volumes is read on opening.
+# by how much an image may differ from itself: degrees, log scale and shift; then log gamma and gain, offset, log gain
+# per colour, strength of a smooth field, and standard deviations of added and of multiplied noise
+VARIATION = {
+    "ct": dict(gain=0.1, offset=0.05, noise=0.03),  # HU are absolute: another window, another dose
+    "mr": dict(gamma=0.3, field=0.3, noise=0.03),  # no absolute scale, and coils of uneven reach
+    "pet": dict(gamma=0.3, gain=0.2),
+    "ultrasound": dict(gamma=0.3, gain=0.2, speckle=0.1),
+    "x-ray": dict(gamma=0.3, gain=0.15, noise=0.02),
+    "endoscopy": dict(degrees=180, gain=0.2, offset=0.05, colour=0.1),
+    "dermoscopy": dict(degrees=180, gain=0.2, offset=0.05, colour=0.1),
+    "fundus": dict(gamma=0.2, gain=0.2, colour=0.1),
+}
+SIDES = re.compile(r"\b(left|right)\b|medial|lateral", re.I)
+HEIGHTS = re.compile(r"\b(above|below|beneath|under|over|upper|lower|top|bottom|anterior\w*|posterior\w*|superior\w*|"
+                     r"inferior\w*|front|behind|back|in front|ventral\w*|dorsal\w*)\b", re.I)
 
-    root/train_npz/caseXXXX_sliceYYY.npz   image float [H, W] in [0, 1] (HU clipped to [-125, 275]), label [H, W] 0..8
-    root/test_vol_h5/caseXXXX.npy.h5       image, label [D, H, W]
-    root/lists_Synapse/{train,test_vol}.txt (or under root/lists/): optional, without them all files, sorted
 
-    train: the cases of train_npz but VAL_CASES, TEST_CASES and whatever test_vol.txt names. val: VAL_CASES, wherever
-    they lie; if there are none of them, the last sixth of the training cases. test: the volumes of test_vol.
+def vary(sample, texts, rng):
+    """A Sample turned, moved and scaled, brightened and blurred as its modality allows, without `truth`.
+
+    It is mirrored only if no text of any structure that it may be asked for says left or right, and upside down or
+    turned by more than 15 degrees only where the modality has no upright and no text speaks of above or below.
     """
-    name, classes, modality = "synapse", CLASSES, "ct"
+    most = dict(degrees=15, scale=0.15, shift=0.08, gamma=0, gain=0, offset=0, colour=0, field=0, noise=0, speckle=0)
+    most |= VARIATION.get(sample.modality, {})
+    said = " ".join(texts.all(sample))
+    sides, heights = SIDES.search(said), HEIGHTS.search(said)
+    degrees = most["degrees"] if not sides and not heights else min(15, most["degrees"])
+    mirror = np.array([1 if sides else rng.choice([-1, 1]), 1])
+    S, turn = len(sample.image), np.deg2rad(rng.uniform(-degrees, degrees))
+    scale = np.exp(rng.uniform(-most["scale"], most["scale"]))
+    theta = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * scale * mirror
+    theta = np.concatenate([theta, rng.uniform(-2, 2, (2, 1)) * most["shift"]], 1)
+    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32)[None], [1, 1, S, S], align_corners=False)
+    image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255
+    image = F.grid_sample(image, grid, align_corners=False)[0].permute(1, 2, 0).numpy()
+    masks = torch.from_numpy(sample.masks)[None].float()
+    if len(sample.masks):
+        masks = F.grid_sample(masks, grid, mode="nearest", align_corners=False)
 
-    def __init__(self, root, split, image_size):
-        self.root, self.image_size, self.opened = Path(root), image_size, None
-        if not self.root.is_dir():
-            raise InputError(f"{root}: no such folder; give the one that holds train_npz and test_vol_h5 "
-                             "with --data DIR (README: how to get the data)")
-        if split == "test":
-            cases = self.named("test_vol", "test_vol_h5", ".npy.h5")
-            self.items = [item for case in cases for item in self.volume_items(case)]
-        else:
-            self.items = self.train_or_val(split)
-        self.cases = [case for case, _, _ in self.items]
-        self.keys = [f"{case}_slice{number:03d}" for case, number, _ in self.items]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        case, number, path = self.items[i]
-        image, label = self.read_slice(path, number) if path.suffix == ".h5" else read_npz(path)
-        image, label = check_slice(image, label, path, len(self.classes))
-        return make_sample(image, label, self.classes, self.image_size, modality="ct", case=case, slice=number)
-
-    def __getstate__(self):
-        return {**self.__dict__, "opened": None}  # an open HDF5 file cannot be pickled; every process opens its own
-
-    def listed(self, kind):
-        """(the list's path, its sorted names without suffixes), or (None, []) where there is no such list."""
-        for path in (self.root / "lists_Synapse" / f"{kind}.txt", self.root / "lists/lists_Synapse" / f"{kind}.txt"):
-            if path.is_file():
-                names = {re.sub(r"(\.npz|\.npy\.h5)$", "", line) for line in read_text(path).split()}
-                if not names:
-                    raise InputError(f"{path}: names no file; fill the list, or delete it to use all files")
-                return path, sorted(names)
-        return None, []
-
-    def named(self, kind, folder, suffix):
-        """The names of the list `kind`, each checked to lie in `folder`; without a list every file there."""
-        here = {p.name.removesuffix(suffix) for p in (self.root / folder).glob("*" + suffix)}
-        path, names = self.listed(kind)
-        if path is None and not here:
-            raise InputError(f"{self.root / folder}: holds no {suffix} file; is --data {self.root} the Synapse folder?")
-        for name in names:
-            if name not in here:
-                raise InputError(f"{self.root / folder / (name + suffix)}: missing, but {path} names it; "
-                                 "restore the file or take its line out of the list")
-        return names or sorted(here)
-
-    def volume_path(self, case):
-        return self.root / "test_vol_h5" / f"{case}.npy.h5"
-
-    def slices(self):
-        """(case, number, path) of every slice of train_npz, by case and number, but those of test cases."""
-        folder, items = self.root / "train_npz", []
-        if not folder.is_dir():
-            return items  # a copy for evaluation only
-        # validation cases count even if the list leaves them out
-        val = {p.stem for case in VAL_CASES for p in folder.glob(f"case{case}_slice*.npz")}
-        for name in val.union(self.named("train", "train_npz", ".npz")):
-            match = re.fullmatch(r"(case\w+?)_slice(\d+)", name)
-            if not match:
-                raise InputError(f"{folder / name}.npz: not named like case0005_slice012.npz; rename or move it")
-            items.append((match[1], int(match[2]), folder / f"{name}.npz"))
-        test = {f"case{case}" for case in TEST_CASES}.union(self.listed("test_vol")[1])
-        return sorted(item for item in items if item[0] not in test or item[0][4:] in VAL_CASES)
-
-    def train_or_val(self, split):
-        """The items of the split "train" or "val"; see the class."""
-        slices = self.slices()
-        cases = sorted({case for case, _, _ in slices})
-        val = [f"case{case}" for case in VAL_CASES]
-        val = [case for case in val if case in cases or self.volume_path(case).is_file()]
-        if not val and len(cases) > 1:  # somebody else's cases
-            val = cases[-max(1, len(cases) // 6):]
-        train = [case for case in cases if case not in val]
-        if not val or split == "train" and not train:
-            raise InputError(f"{self.root / 'train_npz'}: {len(cases)} case(s) besides the test cases, {len(val)} for "
-                             "validation; add cases, at least one to train on and one to validate on")
-        if split == "train":
-            return [item for item in slices if item[0] in train]
-        npz = {case: [item for item in slices if item[0] == case] for case in val}
-        return [item for case in val for item in npz[case] or self.volume_items(case)]
-
-    def volume_items(self, case):
-        path = self.volume_path(case)
-        volume, self.opened = self.open_volume(path), None
-        image, label = volume["image"].shape, volume["label"].shape
-        volume.close()
-        if len(image) != 3 or image != label or 0 in image:
-            raise InputError(f"{path}: image {image} and label {label} should both be [D, H, W]; write it again")
-        return [(case, i, path) for i in range(image[0])]
-
-    def open_volume(self, path):
-        """The HDF5 file, kept open until another is asked for; a handle from before a fork is not used."""
-        if self.opened and self.opened[:2] == (path, os.getpid()):
-            return self.opened[2]
-        try:
-            import h5py
-        except ImportError:
-            raise InputError(f"{path}: needs h5py to be read; pip install h5py") from None
-        try:
-            volume = h5py.File(path, "r")
-        except OSError as e:
-            raise InputError(f"{path}: truncated or not HDF5 ({e}); copy it again") from None
-        for key in ("image", "label"):
-            if not isinstance(volume.get(key), h5py.Dataset):
-                raise InputError(f"{path}: no '{key}' in it; a test volume holds 'image' and 'label', [D, H, W] each")
-        self.opened = path, os.getpid(), volume
-        return volume
-
-    def read_slice(self, path, number):
-        volume = self.open_volume(path)
-        try:
-            return volume["image"][number], volume["label"][number]
-        except (OSError, RuntimeError, ValueError, IndexError) as e:
-            raise InputError(f"{path}: slice {number} cannot be read ({e}); copy the file again") from None
-
-
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as text ({e}); check the path and write it as UTF-8") from None
-
-
-def read_npz(path):
-    """-> image, label, as they lie in the .npz."""
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            missing = [key for key in ("image", "label") if key not in f.files]
-            if not missing:
-                return f["image"], f["label"]
-    except Exception as e:  # damaged bytes make zipfile and numpy raise nearly anything
-        raise InputError(f"{path}: truncated or not an .npz of plain arrays ({e}); copy it again") from None
-    raise InputError(f"{path}: .npz without '{missing[0]}'; a slice holds 'image' and 'label', [H, W] each")
-
-
-def check_slice(image, label, path, classes):
-    """-> image as it is, label as uint8; InputError unless both are [H, W], finite and within their ranges."""
-    for name, x in (("image", image), ("label", label)):
-        if x.ndim != 2 or not x.size or x.dtype.kind not in "fiub":
-            raise InputError(f"{path}: {name} is {x.dtype} {list(x.shape)}, but should be numbers [H, W]; "
-                             "store one gray slice")
-        if not np.isfinite(x).all():
-            raise InputError(f"{path}: {name} holds NaN or infinity; replace these values")
-    if image.shape != label.shape:
-        raise InputError(f"{path}: image {image.shape} and label {label.shape} differ in size; store the same slice")
-    if image.min() < -0.01 or image.max() > 1.01:
-        raise InputError(f"{path}: image runs from {image.min():g} to {image.max():g}, but should lie in [0, 1]; "
-                         "clip HU to [-125, 275] and scale that to [0, 1]")
-    ids = np.unique(label)
-    bad = [i for i in ids if not (0 <= i <= classes and i == int(i))]
-    if bad:
-        raise InputError(f"{path}: label id {bad[0]:g} is not one of 0..{classes}; BTCV's 13 ids must be mapped to the "
-                         "eight: 1 2 3 4 6 7 8 11 -> 1 2 3 4 5 6 7 8, the others 0")
-    return image, label.astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Demo: abdominal CT slices, drawn (demo.py)
-
-class Demo:
-    """Drawn abdominal CT slices on a 256 x 256 grid; image i of a split depends on (seed, split, i) and knobs.
-
-    overlap: 0..1, pulls the organs towards each other, the front one wins. contrast: factor on the difference between
-    organs and what lies behind them. size: factor on the organs' size. n: images (train 160, val 16, test 32).
-    Spleen, liver, kidneys, bowel and vessels overlap in brightness, and each organ is absent in 15 % of the images.
-    """
-    name, classes, modality = "demo", CLASSES, "ct"
-
-    def __init__(self, split="train", image_size=256, seed=0, n=None, overlap=0.3, contrast=1.0, size=1.0):
-        for knob, value, good in (("overlap", overlap, 0 <= overlap <= 1), ("contrast", contrast, 0 <= contrast <= 10),
-                                  ("size", size, 0 < size <= 3), ("n", n, n is None or n > 0)):
-            if not good:
-                raise InputError(f"demo's {knob} {value}: out of range; overlap 0..1, contrast 0..10, size 0..3, n > 0")
-        self.split, self.image_size, self.seed = split, image_size, seed
-        self.overlap, self.contrast, self.size = overlap, contrast, size
-        self.items = list(range(n or {"train": 160, "val": 16, "test": 32}[split]))
-        self.cases = [f"{split}{i:04d}" for i in self.items]
-        self.keys = [f"{case}_slice000" for case in self.cases]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        rng = seeded("demo", self.seed, self.split, self.items[i])
-        image, label = draw(rng, self.classes, self.overlap, self.contrast, self.size)
-        return make_sample(image, label, self.classes, self.image_size, modality="ct", case=self.cases[i], slice=0)
+    log = lambda name, *shape: np.exp(most[name] * rng.uniform(-1, 1, shape))
+    image = image ** log("gamma") * log("gain") * log("colour", 3) + most["offset"] * rng.uniform(-1, 1)
+    if most["field"]:
+        coarse = torch.from_numpy(log("field", 1, 1, 4, 4))
+        image = image * F.interpolate(coarse, (S, S), mode="bicubic", align_corners=False)[0, 0, :, :, None].numpy()
+    for name, grain in (("noise", np.ones_like(image)), ("speckle", image)):
+        if most[name]:
+            image = image + most[name] * rng.random() * rng.standard_normal((S, S, 1)) * grain
+    image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return replace(sample, image=image, masks=masks[0].bool().numpy(),
+                   truth=np.zeros((len(sample.targets), 0, 0), bool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,41 +241,112 @@ def point_prompt(mask, n, rng):
     return np.stack([xs[pick], ys[pick]], 1).astype(np.float32), np.ones(n, np.int64)
 
 
+def correction_points(prediction, mask, n, rng):
+    """Where a user would click next: n random pixels of the error, (x, y) and 1 for a missed pixel, 0 for a false one.
+
+    prediction, mask bool [S, S] -> (float32 [n, 2], int64 [n]). SAM-Med2D's simulation of interaction. Where nothing is
+    wrong, pixels of the mask again. ValueError if both are empty.
+    """
+    wrong = prediction ^ mask
+    ys, xs = np.nonzero(wrong if wrong.any() else mask)
+    if not len(ys):
+        raise ValueError("an empty mask without a false pixel has no point")
+    pick = rng.choice(len(ys), n, replace=n > len(ys))
+    return np.stack([xs[pick], ys[pick]], 1).astype(np.float32), mask[ys[pick], xs[pick]].astype(np.int64)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
-def load_attributes(name, path=HERE / "attributes.json"):
-    """-> {class: {"position": [wordings], "texture": [...], "shape": [...]}} of data set `name`, from a JSON file.
+FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
 
-    A string in place of a data set's entry names the data set whose texts it shares.
+
+class Texts:
+    """The clinical texts of a data set's classes (attributes.json), and those of single images where a file has them.
+
+    texts("liver", "ct") -> {"position": str, "texture": str, "shape": str}: the first wordings. With rng, random ones.
+    An attribute is a list of wordings, or {modality: list} where the look depends on it. A string in place of a whole
+    data set names the one whose texts it shares. InputError, with the entry to add, for whatever is missing.
     """
-    try:
-        entries = json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}: not JSON ({e}); correct it") from None
-    texts = entries.get(name) if isinstance(entries, dict) else None
-    texts = entries.get(texts) if isinstance(texts, str) else texts
-    form = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
-    if not isinstance(texts, dict):
-        raise InputError(f'{path}: no texts for data set {name}; add "{name}": {{"<class>": {form}, ...}}')
-    for target in dict.fromkeys([*(CLASSES if name in DATASETS else ()), *texts]):
-        if not isinstance(texts.get(target), dict):
-            raise InputError(f'{path}: no texts for {name}\'s class {target}; add under "{name}": "{target}": {form}')
-        for kind in ATTRIBUTES:
-            wordings = texts[target].get(kind)
-            good = isinstance(wordings, list) and wordings and all(isinstance(w, str) and w.strip() for w in wordings)
-            if not good:
-                raise InputError(f'{path}: {name}, {target}, {kind}: empty or blank; give "{kind}": ["..."], '
-                                 "a list of texts")
-    return texts
+
+    def __init__(self, name, path=None, per_image=None):
+        self.name, self.path = name, Path(path or HERE / "attributes.json")
+        try:
+            entries = json.loads(read_text(self.path))
+        except json.JSONDecodeError as e:
+            raise InputError(f"{self.path}: not JSON ({e}); correct it") from None
+        entry = entries.get(name) if isinstance(entries, dict) else None
+        entry = entries.get(entry) if isinstance(entry, str) else entry
+        if not isinstance(entry, dict):
+            raise InputError(f'{self.path}: no texts for data set {name}; add "{name}": {{"<class>": {FORM}, ...}}')
+        self.classes = entry
+        self.images = read_image_texts(per_image) if per_image else {}
+
+    def check(self, pairs):
+        """InputError unless every (class, modality) of a data set has its texts; those of single images aside."""
+        for target, modality in pairs if not self.images else ():
+            self(target, modality)
+
+    def wordings(self, target, modality, kind):
+        """The list of wordings of one attribute."""
+        known = self.classes.get(target)
+        if not isinstance(known, dict):
+            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; add under "{self.name}": '
+                             f'"{target}": {FORM}')
+        texts = known.get(kind)
+        where = f"{self.name}, {target}, {kind}"
+        if isinstance(texts, dict):
+            if modality not in texts:
+                raise InputError(f'{self.path}: {where}: nothing for {modality}, only for {", ".join(texts)}; add '
+                                 f'"{modality}": ["..."]')
+            texts, where = texts[modality], f"{where}, {modality}"
+        if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
+            raise InputError(f'{self.path}: {where}: empty or blank; give "{kind}": ["..."], a list of texts')
+        return texts
+
+    def own(self, target, sample):
+        """The texts of this very image, or of its case."""
+        return self.images.get((sample.key, target)) or self.images.get((sample.case, target)) or {}
+
+    def __call__(self, target, modality, sample=None, rng=None):
+        own = self.own(target, sample) if sample is not None else {}
+        draw = lambda texts: texts[0 if rng is None else rng.integers(len(texts))]
+        return {kind: draw(own.get(kind) or self.wordings(target, modality, kind)) for kind in ATTRIBUTES}
+
+    def all(self, sample):
+        """The name and every wording of every class that the sample may be asked for."""
+        for target in dict.fromkeys((*sample.targets, *sample.absent)):
+            own = self.own(target, sample)
+            yield target
+            for kind in ATTRIBUTES:
+                yield from own.get(kind) or self.wordings(target, sample.modality, kind)
 
 
-def attribute_texts(attributes, target, rng=None):
-    """-> {"position": str, "texture": str, "shape": str}: the first wordings, or with rng a random one of each."""
-    if target not in attributes:
-        raise InputError(f"{target}: no texts for it; known targets are {', '.join(attributes)}")
-    return {kind: attributes[target][kind][0 if rng is None else rng.integers(len(attributes[target][kind]))]
-            for kind in ATTRIBUTES}
+def read_image_texts(path):
+    """JSON lines {"image": key or case, "target": class, "position": text or [texts], "texture": ..., "shape": ...},
+    where attributes may be left out -> {(image, target): {attribute: [texts]}}."""
+    found = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+            name = entry["image"], entry["target"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f'{where}: not {{"image": "...", "target": "...", "position": "...", "texture": "...", '
+                             '"shape": "..."}; correct the line') from None
+        texts = {kind: [entry[kind]] if isinstance(entry[kind], str) else entry[kind]
+                 for kind in ATTRIBUTES if kind in entry}
+        if not all(isinstance(part, str) for part in name):
+            raise InputError(f"{where}: image and target should be texts; correct the line")
+        for kind, value in texts.items():
+            if not (isinstance(value, list) and value and all(isinstance(t, str) and t.strip() for t in value)):
+                raise InputError(f"{where}: {kind} is empty or not text; write it, or leave {kind} out")
+        if name in found:
+            raise InputError(f"{where}: {name[1]} of {name[0]} for the second time; keep one of the lines")
+        found[name] = texts
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,31 +369,35 @@ class Batch:
                        points=self.points and tuple(map(move, self.points)))
 
 
-def draw_targets(present, rng, max_targets, absent):
-    """present bool [T] -> up to max_targets distinct indices; each is an absent class with probability `absent`."""
-    there, gone = (list(rng.permutation(np.flatnonzero(p))) for p in (present, ~present))
-    drawn = []
+def draw_targets(sample, rng, max_targets, absent):
+    """-> up to max_targets distinct (class, mask or None); each is an absent class with probability `absent`."""
+    there, gone = rng.permutation(np.flatnonzero(sample.masks.any((1, 2)))), rng.permutation(len(sample.absent))
+    there, gone, drawn = list(there), list(gone), []
     for _ in range(max_targets):
-        pool = gone if gone and rng.random() < absent else there
-        drawn += [pool.pop()] if pool else []
+        if gone and rng.random() < absent:
+            drawn.append((sample.absent[gone.pop()], None))
+        elif there:
+            t = there.pop()
+            drawn.append((sample.targets[t], sample.masks[t]))
     return drawn
 
 
-def make_batch(samples, attributes, rng, max_targets=4, absent=0.25):
+def make_batch(samples, texts, rng, max_targets=4, absent=0.25):
     """Samples -> Batch of targets, drawn per image, with texts in random wordings and no prompts yet.
 
     absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. M can be 0
     where there is nothing to draw.
     """
     size = samples[0].masks.shape[-1]
-    index, masks, targets = [], [], []
+    index, masks, targets, words = [], [], [], []
     for b, sample in enumerate(samples):
-        for t in draw_targets(sample.masks.any((1, 2)), rng, max_targets, absent):
-            index, masks, targets = index + [b], masks + [sample.masks[t]], targets + [sample.targets[t]]
+        for target, mask in draw_targets(sample, rng, max_targets, absent):
+            index, targets = index + [b], targets + [target]
+            masks.append(np.zeros((size, size), bool) if mask is None else mask)
+            words.append(texts(target, sample.modality, sample, rng))
     return Batch(images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
                  index=torch.tensor(index, dtype=torch.int64),
-                 masks=torch.from_numpy(np.array(masks, bool).reshape(-1, size, size)),
-                 texts=[attribute_texts(attributes, target, rng) for target in targets], targets=targets)
+                 masks=torch.from_numpy(np.array(masks, bool).reshape(-1, size, size)), texts=words, targets=targets)
 
 
 def add_prompts(batch, prompt, rng, points=1, noise=True):
@@ -490,3 +419,49 @@ def add_prompts(batch, prompt, rng, points=1, noise=True):
     pairs = [point_prompt(mask, points, rng) for mask in masks]
     places = torch.from_numpy(np.array([xy for xy, _ in pairs], np.float32).reshape(-1, points, 2))
     return replace(batch, points=(places, torch.ones((len(pairs), points), dtype=torch.int64)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def add_data_flags(parser):
+    """The flags that say which data, in train.py, eval.py, and here."""
+    add = parser.add_argument
+    add("--dataset", help=", ".join(SOURCES))
+    add("--data", help="folder of the data (default: data/<dataset>)")
+    add("--axes", help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
+    add("--overlap", type=float, help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
+    add("--contrast", type=float, help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
+    add("--size", type=float, help="demo: factor on the organs' size, up to 3 (default 1)")
+    add("--attributes-file", help="a JSON file of texts in place of attributes.json")
+    add("--texts", help="a JSON lines file of texts for single images or cases")
+
+
+def knobs(args):
+    """The data set's own settings among the flags, as open_dataset takes them."""
+    return {knob: getattr(args, knob) for knob in ("axes", "overlap", "contrast", "size")}
+
+
+def main():
+    from prepare import prepare
+    from stats import stats
+    parser = Parser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    counting = commands.add_parser("stats", help="counts, sizes, and everything that is wrong with the files")
+    add_data_flags(counting)
+    counting.add_argument("--json", help="write every number to this file")
+    counting.add_argument("--sheet", help="draw a contact sheet of images with their masks to this PNG")
+    counting.add_argument("--limit", type=int, help="only the first N images of each split")
+    counting.add_argument("--workers", type=int, default=1, help="processes that read")
+    preparing = commands.add_parser("prepare", help="the challenge's NIfTI volumes to the slices that we read")
+    preparing.add_argument("dataset", help="synapse or kits19")
+    preparing.add_argument("raw", help="the folder of the challenge's files")
+    preparing.add_argument("--out", help="default: data/<dataset>")
+    args = parser.parse_args()
+    if args.command == "stats":
+        raise SystemExit(stats(args))
+    prepare(args.dataset, args.raw, args.out or Path("data") / args.dataset)
+
+
+if __name__ == "__main__":
+    import data  # this file under its own name, whose classes the other files use
+    run(data.main)

@@ -7,8 +7,6 @@ Without a prompt every organ is asked for by its text, and the answers are merge
 box, which are cut from the truth, only the organs that a slice holds are asked for.
 """
 import json
-import os
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,14 +16,12 @@ import torch.nn.functional as F
 from medpy.metric.binary import hd95
 from tqdm import tqdm
 
+import plots
 from cache import FeatureCache
-from data import (PROMPTS, InputError, Parser, attribute_texts, box_prompt, load_attributes, open_dataset, point_prompt,
-                  prompt_rng, run, to_original)
+from common import InputError, Parser, make_folder, run, write_atomically
+from data import (PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset, point_prompt,
+                  prompt_rng, to_original)
 from medsegr import Config, MedSegR, ModelError, load_checkpoint
-
-# Okabe and Ito's colours, told apart by the colour-blind, and two more
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff", "#999999", "#8c510a")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking a model for the structures of a slice
@@ -36,35 +32,46 @@ def autocast(device, precision):
 
 
 @torch.no_grad()
-def ask(model, features, sample, key, attributes, prompt, points=1, seed=0):
-    """Features [1,C,H,W] of one sample -> (indices of the classes asked for [n], mask logits float32 [n,S,S]).
+def ask(model, features, sample, texts, prompt, points=1, seed=0):
+    """Features [1,C,H,W] of one sample -> (class names asked for, n of them; mask logits float32 [n,S,S]).
 
-    prompt "none" asks for every class, "point" and "box" for those with a mask; prompts depend on key, class and seed
-    alone. key: the sample's name in its data set.
+    prompt "none" asks for the classes that the sample has or is known to lack, "point" and "box" for each target with a
+    mask, in order. Prompts depend on the sample's key, the target's name and number, and the seed alone.
     """
     asked = [t for t in range(len(sample.targets)) if prompt == "none" or sample.masks[t].any()]
+    names = [sample.targets[t] for t in asked] + [*sample.absent] * (prompt == "none")
     S = sample.masks.shape[-1]
-    if not asked:
+    if not names:
         return [], torch.zeros(0, S, S)
     boxes = locations = None
     if prompt == "box":
         boxes = torch.from_numpy(np.stack([box_prompt(sample.masks[t]) for t in asked])).to(model.device)
     elif prompt == "point":
-        pairs = [point_prompt(sample.masks[t], points, prompt_rng(key, sample.targets[t], seed)) for t in asked]
+        before = [sample.targets[:t].count(sample.targets[t]) for t in asked]  # instances of the same name
+        rngs = [prompt_rng(sample.key, sample.targets[t] + (f" {n}" if n else ""), seed) for t, n in zip(asked, before)]
+        pairs = [point_prompt(sample.masks[t], points, rng) for t, rng in zip(asked, rngs)]
         locations = tuple(torch.from_numpy(np.stack(x)).to(model.device) for x in zip(*pairs))
-    priors = model.encode_attributes([attribute_texts(attributes, sample.targets[t]) for t in asked])
-    index = torch.zeros(len(asked), dtype=torch.int64, device=model.device)
+    priors = model.encode_attributes([texts(name, sample.modality, sample) for name in names])
+    index = torch.zeros(len(names), dtype=torch.int64, device=model.device)
     logits, _ = model.decode(features.to(model.device), index, priors, locations, boxes)
-    return asked, F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
+    return names, F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
 
 
-def label_map(asked, logits, size):
-    """Logits [n,S,S] of the classes `asked` -> uint8 [H,W] on the original grid: the most certain class, 0 for none."""
-    if not asked:
+def label_map(names, logits, size, classes):
+    """Logits [n,S,S] of the classes asked for -> uint8 [H,W] on the original grid: the most certain one, 0 for none."""
+    if not names:
         return np.zeros(size, np.uint8)
     best, which = to_original(logits, size).max(0)
-    label = torch.tensor(asked, device=which.device)[which] + 1
+    label = torch.tensor([classes.index(name) + 1 for name in names], device=which.device)[which]
     return torch.where(best > 0, label, 0).to(torch.uint8).cpu().numpy()
+
+
+def true_label_map(sample, classes):
+    """uint8 [H,W] of a sample whose masks do not overlap."""
+    label = np.zeros(sample.size, np.uint8)
+    for name, mask in zip(sample.targets, sample.truth):
+        label[mask] = classes.index(name) + 1
+    return label
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,24 +84,32 @@ def surface_distance(a, b):
     return float(hd95(a[crop], b[crop]))
 
 
-def score(prediction, truth, classes):
-    """Label maps uint8 of one case -> {class: {dice, hd95, dice_strict, hd95_strict}}; None: not counted.
+def score(a, b):
+    """Prediction and truth of one structure, bool of any shape -> {dice, hd95, dice_strict, hd95_strict}.
 
     dice and hd95 follow TransUNet: a prediction without truth counts as (1, 0), any other empty pair, even a rightly
-    empty one, as (0, 0). The strict ones skip a class that is rightly empty and otherwise give an empty side Dice 0
-    and the diagonal of the volume. HD95 in voxels.
+    empty one, as (0, 0). The strict ones skip a rightly empty pair (None) and otherwise give an empty side Dice 0 and
+    the diagonal of the volume. HD95 in voxels.
     """
-    diagonal, scores = float(np.linalg.norm(prediction.shape)), {}
-    for i, name in enumerate(classes, 1):
-        a, b = prediction == i, truth == i
-        dice = 2 * float((a & b).sum()) / max(1, int(a.sum() + b.sum()))
-        if a.any() and b.any():
-            distance = surface_distance(a, b)
-            scores[name] = dict(dice=dice, hd95=distance, dice_strict=dice, hd95_strict=distance)
-        else:
-            strict = (0.0, diagonal) if a.any() or b.any() else (None, None)
-            scores[name] = dict(dice=float(a.any()), hd95=0.0, dice_strict=strict[0], hd95_strict=strict[1])
-    return scores
+    dice = 2 * float((a & b).sum()) / max(1, int(a.sum() + b.sum()))
+    if a.any() and b.any():
+        distance = surface_distance(a, b)
+        return dict(dice=dice, hd95=distance, dice_strict=dice, hd95_strict=distance)
+    strict = (0.0, float(np.linalg.norm(a.shape))) if a.any() or b.any() else (None, None)
+    return dict(dice=float(a.any()), hd95=0.0, dice_strict=strict[0], hd95_strict=strict[1])
+
+
+def score_labels(prediction, truth, classes):
+    """Label maps uint8 of one case -> {class: score()}."""
+    return {name: score(prediction == i, truth == i) for i, name in enumerate(classes, 1)}
+
+
+def score_masks(answers):
+    """[(class, prediction, truth)] of one image -> {class: score()}, the mean over the instances of a class."""
+    scores = {}
+    for name, prediction, truth in answers:
+        scores.setdefault(name, []).append(score(prediction, truth))
+    return {name: {m: mean(s[m] for s in each) for m in METRICS} for name, each in scores.items()}
 
 
 METRICS = ("dice", "hd95", "dice_strict", "hd95_strict")
@@ -107,9 +122,10 @@ def mean(values):
 
 
 def summarise(cases, classes):
-    """{case: score()} -> {class: {metric: mean over cases}} and, under "mean", the mean over classes."""
-    table = {c: {m: mean(case[c][m] for case in cases.values()) for m in METRICS} for c in classes}
-    table["mean"] = {m: mean(table[c][m] for c in classes) for m in METRICS}
+    """{case: {class: score()}} -> {class: {metric: mean over cases}} and, under "mean", the mean over classes."""
+    seen = [c for c in classes if any(c in case for case in cases.values())]
+    table = {c: {m: mean(case[c][m] for case in cases.values() if c in case) for m in METRICS} for c in seen}
+    table["mean"] = {m: mean(table[c][m] for c in seen) for m in METRICS}
     return table
 
 
@@ -117,86 +133,94 @@ def print_table(table, cases, prompt):
     show = lambda v, digits: "-" if v is None else f"{v:.{digits}f}"
     print(f"\n{'prompt: ' + prompt:<16}{'Dice':>8}{'HD95':>8}{'strict Dice':>14}{'HD95':>8}{'cases':>8}")
     for name, row in table.items():
-        present = "" if name == "mean" else sum(c[name]["dice_strict"] is not None for c in cases.values())
+        present = "" if name == "mean" else sum(c.get(name, {}).get("dice_strict") is not None for c in cases.values())
         print(f"{name:<16}{show(row['dice'], 4):>8}{show(row['hd95'], 2):>8}{show(row['dice_strict'], 4):>14}"
               f"{show(row['hd95_strict'], 2):>8}{present:>8}")
     print("Dice, HD95 in voxels: TransUNet's convention; strict: an empty side costs everything (README, Metrics)\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Overlays
+# Asking for all of a data set
 
-def overlay(axis, image, label, classes, title=None):
-    """Draws a slice uint8 [H,W,3] with filled, outlined organs of a label map [H,W]."""
-    from matplotlib.colors import to_rgb
-    shown = image / 255.0
-    for i in range(1, len(classes) + 1):
-        inside = label == i
-        edge = inside & ~np.all([np.roll(inside, step, axis) for axis in (0, 1) for step in (1, -1)], axis=0)
-        colour = np.array(to_rgb(COLOURS[(i - 1) % len(COLOURS)]))
-        shown[inside] = 0.65 * shown[inside] + 0.35 * colour
-        shown[edge] = colour
-    axis.imshow(shown, interpolation="nearest")
-    axis.set_xticks([]), axis.set_yticks([])
-    if title:
-        axis.set_title(title, fontsize=10)
+class Predictor:
+    """A model with how it is asked: predictor(sample) -> (class names, mask logits [n,S,S])."""
 
+    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32"):
+        self.model, self.texts, self.prompt, self.points, self.seed = model.eval(), texts, prompt, points, seed
+        self.cache, self.precision = cache or FeatureCache(None, ""), precision
 
-def draw_examples(examples, classes, path, title):
-    """examples: (Dice, case, slice, image, truth, prediction) of each case -> a PNG of the best, median, worst case."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-    ranked = sorted(examples, key=lambda e: e[:2], reverse=True)
-    rows = dict.fromkeys((0, len(ranked) // 2, len(ranked) - 1))
-    names = ["best", "median", "worst"] if len(rows) == 3 else ["best", "worst"] if len(rows) == 2 else ["only"]
-    figure, axes = plt.subplots(len(rows), 3, figsize=(9, 3.1 * len(rows) + 0.9), squeeze=False)
-    for axis, row, name in zip(axes, rows, names):
-        dice, case, number, image, truth, prediction = ranked[row]
-        overlay(axis[0], image, np.zeros_like(truth), classes, f"{case}, slice {number}")
-        overlay(axis[1], image, truth, classes, "truth")
-        overlay(axis[2], image, prediction, classes, f"prediction, Dice {dice:.2f}")
-        axis[0].set_ylabel(f"{name} case")
-    seen = [i for i in range(1, len(classes) + 1) if any((e[4] == i).any() or (e[5] == i).any() for e in examples)]
-    handles = [Patch(facecolor=COLOURS[(i - 1) % len(COLOURS)], edgecolor="black", label=classes[i - 1]) for i in seen]
-    figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout(rect=(0, 0.75 / figure.get_figheight(), 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def prepare(self, sample):
+        """Without a prompt the instances of a class are one target."""
+        return merge_instances(sample) if self.prompt == "none" else sample
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-def evaluate(model, dataset, attributes, prompt, points=1, seed=0, cache=None, precision="float32", progress=True):
-    """-> ({case: score()}, examples for draw_examples). The slices of a case are neighbours in the data set."""
-    model.eval()
-    cache = cache or FeatureCache(None, "")
-    cases, examples, slices = {}, [], []
-    rows = range(len(dataset))
-    for i in tqdm(rows, f"evaluating, prompt {prompt}", unit="slice", disable=not progress, mininterval=1):
-        sample = dataset[i]
+    def __call__(self, sample):
         image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].contiguous()
-        with autocast(model.device, precision):
-            asked, logits = ask(model, cache(image, model.encode_image), sample, dataset.keys[i], attributes, prompt,
-                                points, seed)
-        slices.append((sample, label_map(asked, logits, sample.size)))
-        if i + 1 == len(dataset) or dataset.cases[i + 1] != sample.case:
-            prediction, truth = np.stack([p for _, p in slices]), np.stack([s.label for s, _ in slices])
-            cases[sample.case] = score(prediction, truth, dataset.classes)
-            examples.append(example(slices, cases[sample.case]))
+        with autocast(self.model.device, self.precision):
+            features = self.cache(image, self.model.encode_image)
+            return ask(self.model, features, sample, self.texts, self.prompt, self.points, self.seed)
+
+
+def answers(names, logits, sample):
+    """-> [(class, prediction, truth)], bool [H,W] each, of every target of a sample and every absent class asked for.
+
+    A target that was not asked for, because nothing of it is left on the model's grid, counts as not found.
+    """
+    nothing, pairs = np.zeros(sample.size, bool), []
+    found = list(zip(names, (to_original(logits, sample.size) > 0).cpu().numpy()))
+    for name, truth in zip(sample.targets, sample.truth):
+        at = next((i for i, (asked, _) in enumerate(found) if asked == name), None)
+        pairs.append((name, nothing if at is None else found.pop(at)[1], truth))
+    return pairs + [(name, mask, nothing) for name, mask in found]
+
+
+def evaluate(predictor, dataset, progress=True):
+    """-> ({case: {class: score()}}, {case: the row that shows it best}).
+
+    A case is a volume, whose slices are neighbours in the data set, or else an image of its own, named by its key.
+    """
+    cases, rows, slices = {}, {}, []
+    for i in tqdm(range(len(dataset)), f"evaluating, prompt {predictor.prompt}", unit="image", disable=not progress,
+                  mininterval=1):
+        sample = predictor.prepare(dataset[i])
+        names, logits = predictor(sample)
+        if not dataset.volumes:
+            cases[sample.key], rows[sample.key] = score_masks(answers(names, logits, sample)), i
+            continue
+        truth = true_label_map(sample, dataset.classes)
+        slices.append((label_map(names, logits, sample.size, dataset.classes), truth, i))
+        if i + 1 == len(dataset) or dataset.case(i + 1) != sample.case:
+            prediction, truth = (np.stack([s[k] for s in slices]) for k in (0, 1))
+            cases[sample.case] = score_labels(prediction, truth, dataset.classes)
+            # the slice with most classes, then with most of them
+            rows[sample.case] = max(slices, key=lambda s: (len(np.unique(s[1])), (s[1] > 0).sum()))[2]
             slices = []
-    return cases, examples
+    return cases, rows
 
 
-def example(slices, scores):
-    """The slice of a case that shows most classes, then most of them, as draw_examples takes it."""
-    sample, prediction = max(slices, key=lambda s: (len(np.unique(s[0].label)), (s[0].label > 0).sum()))
-    image = torch.from_numpy(sample.image).permute(2, 0, 1)
-    image = to_original(image, sample.size).round().byte().permute(1, 2, 0).numpy()
-    return (mean(s["dice_strict"] for s in scores.values()) or 0.0, sample.case, sample.slice, image, sample.label,
-            prediction)
+def typical(cases):
+    """{case: scores} -> [(name, mean strict Dice, case)] of the best, median and worst case."""
+    dice = {case: mean(s["dice_strict"] for s in scores.values()) for case, scores in cases.items()}
+    ranked = sorted(((v, case) for case, v in dice.items() if v is not None), reverse=True)
+    rows = dict.fromkeys((0, len(ranked) // 2, len(ranked) - 1)) if ranked else ()
+    names = ["best case", "median case", "worst case"] if len(rows) == 3 else ["best case", "worst case"][:len(rows)]
+    return [(name, *ranked[row]) for name, row in zip(names, rows)]
+
+
+def draw_typical(predictor, dataset, cases, rows, path, title):
+    """A PNG of image, truth and prediction of the best, median and worst case."""
+    panels = []
+    for name, dice, case in typical(cases):
+        sample = predictor.prepare(dataset[rows[case]])
+        names, logits = predictor(sample)
+        prediction = [(asked, mask) for asked, mask, _ in answers(names, logits, sample)]
+        if dataset.volumes:
+            label = label_map(names, logits, sample.size, dataset.classes)
+            prediction = [(asked, label == i) for i, asked in enumerate(dataset.classes, 1)]
+        image = torch.from_numpy(sample.image).permute(2, 0, 1)
+        image = to_original(image, sample.size).round().byte().permute(1, 2, 0).numpy()
+        panels.append((name, sample.key, image, list(zip(sample.targets, sample.truth)), f"prediction, Dice {dice:.2f}",
+                       [(asked, mask) for asked, mask in prediction if mask.any()]))
+    plots.examples(panels, path, title)
 
 
 def newest_checkpoint(out="out"):
@@ -228,8 +252,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", help="a .safetensors file or its folder; sam: the untouched backbone (default: newest in out)")
-    add("--dataset", help="demo or synapse (default: the checkpoint's)")
-    add("--data", help="folder of the data (default: data/<dataset>)")
+    add_data_flags(parser)
     add("--split", default="test", help="test or val")
     add("--prompt", default="none", help="none, point or box")
     add("--points", type=int, default=1, help="points per target, with --prompt point")
@@ -237,7 +260,6 @@ def main():
     add("--seed", type=int, default=0, help="of the points")
     add("--json", help="write every number to this file")
     add("--plots", help="write overlays to this folder")
-    add("--attributes", help="a JSON file of texts in place of attributes.json")
     add("--backbone"), add("--image-size", type=int), add("--normalize")
     add("--sam-checkpoint"), add("--clip")
     add_runtime_flags(parser)
@@ -249,8 +271,10 @@ def main():
         raise InputError(f"--points {args.points}: give at least 1")
     model, record = build_model(args)
     args.dataset = args.dataset or record.get("dataset") or "demo"
-    dataset = open_dataset(args.dataset, args.data, args.split, model.config.image_size, limit=args.limit)
-    attributes = load_attributes(args.dataset, *[args.attributes] if args.attributes else [])
+    size = model.config.image_size
+    dataset = open_dataset(args.dataset, args.data, args.split, size, limit=args.limit, **knobs(args))
+    texts = Texts(args.dataset, args.attributes_file, args.texts)
+    texts.check(dataset.source.pairs)
     if args.json:
         make_folder(Path(args.json).parent)
     if args.plots:
@@ -258,7 +282,8 @@ def main():
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(model.describe())
     cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
-    cases, examples = evaluate(model, dataset, attributes, args.prompt, args.points, args.seed, cache, args.precision)
+    predictor = Predictor(model, texts, args.prompt, args.points, args.seed, cache, args.precision)
+    cases, rows = evaluate(predictor, dataset)
     table = summarise(cases, dataset.classes)
     print_table(table, cases, args.prompt)
     if args.json:
@@ -268,8 +293,8 @@ def main():
         write_atomically(args.json, json.dumps(result, indent=1).encode())
     if args.plots:
         path = Path(args.plots) / f"{args.dataset}-{args.prompt}.png"
-        draw_examples(examples, dataset.classes, path, f"{args.dataset}, {len(cases)} {args.split} cases, "
-                      f"prompt: {args.prompt}")
+        draw_typical(predictor, dataset, cases, rows, path, f"{args.dataset}, {len(cases)} {args.split} cases, "
+                     f"prompt: {args.prompt}")
         print(f"wrote {path}")
 
 
@@ -285,23 +310,6 @@ def check_runtime_flags(args):
     if args.precision not in ("float32", "bfloat16"):
         raise InputError(f"--precision {args.precision}: choose float32 or bfloat16")
     args.cache = None if args.cache == "none" else args.cache
-
-
-def make_folder(folder):
-    """Makes a folder for results; InputError now, not after an hour of work, if nothing can be written there."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be written to ({e.strerror}); choose another place") from None
-
-
-def write_atomically(path, content):
-    """Bytes to PATH, all or nothing."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

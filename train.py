@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cache import FeatureCache, fill
-from data import PROMPTS, InputError, Parser, add_prompts, load_attributes, make_batch, open_dataset, run, seeded
-from eval import add_runtime_flags, ask, autocast, check_runtime_flags, label_map, make_folder, write_atomically
+from common import InputError, Parser, make_folder, run, seeded, write_atomically
+from data import PROMPTS, Texts, add_data_flags, add_prompts, knobs, make_batch, merge_instances, open_dataset
+from eval import Predictor, add_runtime_flags, answers, autocast, check_runtime_flags, label_map, true_label_map
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, save_checkpoint
 
 LOG = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "lr", "images_per_s", "seconds", "val_dice")
@@ -109,11 +110,14 @@ def start_processes():
 
 
 class Batches(torch.utils.data.Dataset):
-    """Item `step` is the samples of that step for this rank: every epoch is a seeded permutation, cut evenly."""
+    """Item `step` is the samples of that step for this rank: every epoch is a seeded permutation, cut evenly.
 
-    def __init__(self, dataset, batch_size, rank, world, seed, first, last):
+    With `views` an image comes in another of its variations in every epoch, and as it is in every (views + 1)th.
+    """
+
+    def __init__(self, dataset, batch_size, rank, world, seed, first, last, views=0, texts=None):
         self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
-        self.seed, self.first, self.last = seed, first, last
+        self.seed, self.first, self.last, self.views, self.texts = seed, first, last, views, texts
         self.per_epoch = -(-len(dataset) // (batch_size * world))
 
     def __len__(self):
@@ -126,7 +130,7 @@ class Batches(torch.utils.data.Dataset):
         if not len(rows):  # the ranks share an epoch unevenly by at most one sample
             rows = order[:1]
         try:
-            return [self.dataset[int(j)] for j in rows]
+            return [self.dataset.view(int(j), int(epoch + j) % (self.views + 1), self.texts) for j in rows]
         except InputError as e:  # carried out of the worker process as a value, or it would arrive as a traceback
             return e
 
@@ -134,27 +138,27 @@ class Batches(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation and checkpoints
 
-def validate(model, dataset, rows, attributes, prompt, cache, precision, rank, world):
-    """Dice per class, the pixels of all given slices pooled, averaged over the classes -> float, equal on all ranks.
+def validate(predictor, dataset, rows, rank, world):
+    """Dice per class, the pixels of all given images pooled, averaged over the classes -> float, equal on all ranks.
 
-    Pooled, because a slice that lacks a structure has no Dice of its own, yet what is predicted there must count.
+    Pooled, because an image that lacks a structure has no Dice of its own, yet what is predicted there must count.
     """
-    model.eval()
-    n = len(dataset.classes)
-    both, sizes = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    predictor.model.eval()
+    classes = list(dataset.classes)
+    both, sizes = (torch.zeros(len(classes), dtype=torch.float64) for _ in range(2))
     for i in rows[rank::world]:
-        sample = dataset[i]
-        image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].contiguous()
-        with autocast(model.device, precision):
-            asked, logits = ask(model, cache(image, model.encode_image), sample, dataset.keys[i], attributes, prompt)
-        prediction = label_map(asked, logits, sample.size)
-        for t in range(n):
-            a, b = prediction == t + 1, sample.label == t + 1
-            both[t] += (a & b).sum()
-            sizes[t] += a.sum() + b.sum()
-    model.train()
+        sample = predictor.prepare(dataset[i])
+        names, logits = predictor(sample)
+        pairs = answers(names, logits, sample)
+        if dataset.volumes:  # where the most certain answer wins
+            label, truth = label_map(names, logits, sample.size, classes), true_label_map(sample, classes)
+            pairs = [(name, label == t, truth == t) for t, name in enumerate(classes, 1)]
+        for name, a, b in pairs:
+            both[classes.index(name)] += (a & b).sum()
+            sizes[classes.index(name)] += a.sum() + b.sum()
+    predictor.model.train()
     if world > 1:
-        totals = torch.stack([both, sizes]).to(model.device)
+        totals = torch.stack([both, sizes]).to(predictor.model.device)
         dist.all_reduce(totals)
         both, sizes = totals.cpu()
     seen = sizes > 0
@@ -200,8 +204,8 @@ def load_training(path, model, optimizer):
 def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--dataset", default="demo", help="demo or synapse")
-    add("--data", help="folder of the data (default: data/<dataset>)")
+    add_data_flags(parser)
+    parser.set_defaults(dataset="demo")
     add("--backbone", default="lite_medsam", help="lite_medsam, vit_b, vit_l or vit_h")
     add("--sam-checkpoint", help="weights of the backbone (default: its own)")
     add("--clip", default="minilm", help="text encoder: minilm, or NAME:TAG or NAME:FILE of open_clip")
@@ -212,7 +216,8 @@ def parse():
     add("--batch-size", type=int, default=12, help="images per process and step")
     add("--targets", type=int, default=4, help="structures asked for per image")
     add("--absent", type=float, default=0.25, help="how often an absent structure is asked for, without a prompt")
-    add("--jitter", type=float, default=0.1, help="move, scale and turn by up to this much; 0: not at all")
+    add("--jitter", type=float, default=0.1, help="move, scale and turn features by up to this much; 0: not at all")
+    add("--views", type=int, default=0, help="variations of each image, encoded and cached as the image is")
     add("--lr", type=float, default=1e-3, help="of the parts that start from nothing")
     add("--decoder-lr", type=float, default=0.1, help="of SAM's pretrained mask decoder, as a share of --lr")
     add("--warmup", type=int, default=100, help="steps")
@@ -227,7 +232,6 @@ def parse():
     add("--out", default="out")
     add("--resume", action="store_true", help="go on where OUT/training.safetensors ends")
     add("--workers", type=int, default=1, help="processes that load images")
-    add("--attributes-file", help="a JSON file of texts in place of attributes.json")
     add("--attributes", nargs="*", default=ATTRIBUTES, help="table 3: texts that the cognitive stage sees")
     add("--priors", nargs="*", default=ATTRIBUTES, help="table 4: perceptual heads that act")
     add("--branches", nargs="+", default=BRANCHES, help="table 6: fused, sem, sam")
@@ -243,7 +247,7 @@ def parse():
     for flag in ("points", "epochs", "max_steps", "batch_size", "targets", "warmup", "val_slices"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least 1")
-    for flag, low, high in (("absent", 0, 1), ("jitter", 0, 0.5), ("lr", 1e-12, 10),
+    for flag, low, high in (("absent", 0, 1), ("jitter", 0, 0.5), ("views", 0, 1000), ("lr", 1e-12, 10),
                             ("decoder_lr", 0, 1), ("weight_decay", 0, 10)):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give {low} to {high}")
@@ -258,17 +262,19 @@ def main():
     config = Config(**{k: getattr(args, k) for k in (
         "backbone", "sam_checkpoint", "clip", "image_size", "normalize", "feature_grid", "attributes", "priors",
         "cognitive", "perceptual", "caa", "branches", "position_grid", "offset_grid")})
-    train_set = open_dataset(args.dataset, args.data, "train", config.image_size, args.fraction, args.limit, args.seed)
-    val_set = open_dataset(args.dataset, args.data, "val", config.image_size)
+    train_set = open_dataset(args.dataset, args.data, "train", config.image_size, args.fraction, args.limit, args.seed,
+                             **knobs(args))
+    val_set = open_dataset(args.dataset, args.data, "val", config.image_size, **knobs(args))
     val_rows = np.unique(np.linspace(0, len(val_set) - 1, args.val_slices).round().astype(int)).tolist()
     val_prompt = "none" if args.prompt == "mixed" else args.prompt
-    attributes = load_attributes(args.dataset, *[args.attributes_file] if args.attributes_file else [])
+    texts = Texts(args.dataset, args.attributes_file, args.texts)
+    texts.check(train_set.source.pairs)
     make_folder(out)
     torch.manual_seed(args.seed)
     model = MedSegR(config).to(device)
     say(model.describe())
-    say(f"{args.dataset}: {len(train_set)} training slices of {len(set(train_set.cases))} cases, {len(val_rows)} of "
-        f"{len(val_set)} validation slices of {len(set(val_set.cases))} cases; {world} process(es) on {device}")
+    say(f"{args.dataset}: {len(train_set)} training images, {len(val_rows)} of {len(val_set)} validation images; "
+        f"{world} process(es) on {device}")
 
     # each image is encoded once, by one of the processes
     cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
@@ -277,8 +283,11 @@ def main():
         with autocast(device, args.precision):
             return model.encode_image(images)
 
-    fill(cache, train_set, encode, rank, world)
-    fill(cache, torch.utils.data.Subset(val_set, val_rows), encode, rank, world, "encoding validation images")
+    views = range(args.views + 1)
+    images = ((len(train_set) * len(views), lambda n: train_set.view(*divmod(n, len(views)), texts)),
+              (len(val_rows), lambda n: val_set[val_rows[n]]))
+    for (count, sample), note in zip(images, ("encoding images", "encoding validation images")):
+        fill(cache, count, sample, encode, rank, world, note)
     if world > 1:
         dist.barrier()
 
@@ -287,7 +296,7 @@ def main():
     progress = dict(step=0, best=-1.0, seconds=0.0)
     if args.resume:
         progress = load_training(out / "training.safetensors", model, optimizer)
-    batches = Batches(train_set, args.batch_size, rank, world, args.seed, progress["step"], 0)
+    batches = Batches(train_set, args.batch_size, rank, world, args.seed, progress["step"], 0, args.views, texts)
     steps = min(args.epochs * batches.per_epoch, args.max_steps or 10 ** 12)
     batches.last = max(progress["step"], steps)
     if progress["step"] >= steps:
@@ -304,9 +313,11 @@ def main():
         # one generator per step and rank, so that a resumed run draws what an undisturbed one would have
         rng = seeded("step", args.seed, step, rank)
         prompt = PROMPTS[rng.integers(3)] if args.prompt == "mixed" else args.prompt
-        batch = make_batch(samples, attributes, rng, args.targets, args.absent if prompt == "none" else 0.0)
+        if prompt == "none":
+            samples = [merge_instances(sample) for sample in samples]
+        batch = make_batch(samples, texts, rng, args.targets, args.absent if prompt == "none" else 0.0)
         if not batch.targets:  # none of the structures is here to be pointed at
-            prompt, batch = "none", make_batch(samples, attributes, rng, args.targets, 1.0)
+            prompt, batch = "none", make_batch(samples, texts, rng, args.targets, 1.0)
         features = cache(batch.images, encode)
         if args.jitter:
             features, batch = jitter(features, batch, rng, args.jitter)
@@ -332,7 +343,8 @@ def main():
             log({k: f"{float(v):.6g}" if k not in ("step", "epoch", "prompt") else v for k, v in row.items()})
             bar.set_postfix(epoch=epoch, loss=f"{float(row['loss']):.3f}", best=f"{progress['best']:.3f}")
         if check:
-            dice = validate(model, val_set, val_rows, attributes, val_prompt, cache, args.precision, rank, world)
+            predictor = Predictor(model, texts, val_prompt, args.points, 0, cache, args.precision)
+            dice = validate(predictor, val_set, val_rows, rank, world)
             progress = dict(step=done, best=max(dice, progress["best"]), seconds=time.time() - started)
             shown = time.time()
             if rank == 0:

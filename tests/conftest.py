@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import medsegr  # noqa: E402
+from common import InputError  # noqa: E402
 
 medsegr.TextEncoder = functools.lru_cache(maxsize=None)(medsegr.TextEncoder)
 
@@ -20,3 +21,27 @@ def real_data():
     if not REAL_DATA.is_dir():
         pytest.skip("the real images are not part of the repository, and ../shared/data is not here")
     return REAL_DATA
+
+
+def fails(call, *parts):
+    """call() raises an InputError of one line that names every one of `parts`."""
+    with pytest.raises(InputError) as e:
+        call()
+    for part in map(str, parts):
+        assert part in str(e.value), f"{part!r} not in {e.value}"
+    assert "\n" not in str(e.value)
+
+
+@pytest.fixture
+def linked(tmp_path, real_data):
+    """linked(name) -> a folder with links to the images of real data and a copy of its JSON files, to be indexed."""
+    def link(name):
+        root = tmp_path / name
+        root.mkdir()
+        for path in (real_data / name).iterdir():
+            if path.name in ("images", "masks"):
+                (root / path.name).symlink_to(path.resolve(), target_is_directory=True)
+            elif path.suffix == ".json":
+                (root / path.name).write_bytes(path.read_bytes())
+        return root
+    return link

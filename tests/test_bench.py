@@ -11,7 +11,7 @@ import torch
 import bench
 import medsegr
 from conftest import ROOT
-from data import InputError
+from common import InputError
 from ops import reference
 
 

@@ -73,20 +73,14 @@ def test_size_limit(tmp_path):
 
 
 def test_fill_leaves_nothing_to_encode(tmp_path):
-    class Slices:
-        images = pictures(7).permute(0, 2, 3, 1).numpy()
-
-        def __len__(self):
-            return 7
-
-        def __getitem__(self, i):
-            return type("Sample", (), dict(image=self.images[i]))
-
+    images = pictures(7).permute(0, 2, 3, 1).numpy()
+    sample = lambda i: type("Sample", (), dict(image=images[i]))
     encode, cache = Encoder(), FeatureCache(tmp_path, "key")
     for rank in range(2):
-        fill(cache, Slices(), encode, rank, 2)
+        fill(cache, 7, sample, encode, rank, 2)
     assert encode.calls == 7
-    cache(torch.from_numpy(Slices.images).permute(0, 3, 1, 2), encode)
+    cache(torch.from_numpy(images).permute(0, 3, 1, 2), encode)
+    fill(cache, 7, sample, encode)
     assert encode.calls == 7
 
 

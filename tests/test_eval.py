@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import CLASSES, InputError, load_attributes, open_dataset
+from common import InputError
+from data import Texts, open_dataset
 from medsegr import Config, MedSegR, ModelError
+from readers import ORGANS
 
 
 def random_volume(rng, shape=(6, 40, 36)):
@@ -27,8 +29,8 @@ def test_scores_are_medpys(seed):
     truth, prediction = random_volume(rng), random_volume(rng)
     half = truth == prediction[:, ::-1]
     prediction[half] = truth[half]
-    scores = evaluation.score(prediction, truth, CLASSES)
-    for i, name in enumerate(CLASSES, 1):
+    scores = evaluation.score_labels(prediction, truth, ORGANS)
+    for i, name in enumerate(ORGANS, 1):
         a, b, s = prediction == i, truth == i, scores[name]
         if a.any() and b.any():
             assert s["dice"] == s["dice_strict"] == pytest.approx(medpy.dc(a, b), abs=1e-12)
@@ -44,21 +46,21 @@ def test_scores_are_medpys(seed):
 def test_table_is_the_mean_over_cases_then_organs():
     full = np.repeat(np.arange(9, dtype=np.uint8), 4).reshape(1, 9, 4)
     none = np.zeros_like(full)
-    cases = {"a": evaluation.score(full, full, CLASSES), "b": evaluation.score(none, full, CLASSES)}
-    table = evaluation.summarise(cases, CLASSES)
+    cases = {"a": evaluation.score_labels(full, full, ORGANS), "b": evaluation.score_labels(none, full, ORGANS)}
+    table = evaluation.summarise(cases, ORGANS)
     assert table["liver"]["dice"] == 0.5 and table["mean"]["dice_strict"] == 0.5
-    cases["c"] = evaluation.score(none, none, CLASSES)  # strict: says nothing
-    table = evaluation.summarise(cases, CLASSES)
+    cases["c"] = evaluation.score_labels(none, none, ORGANS)  # strict: says nothing
+    table = evaluation.summarise(cases, ORGANS)
     assert table["mean"]["dice"] == pytest.approx(1 / 3) and table["mean"]["dice_strict"] == 0.5
 
 
 def test_the_most_certain_answer_wins():
     logits = torch.full((3, 4, 4), -1.0)
     logits[0, 0], logits[1, 0, 0], logits[2, 3] = 2.0, 3.0, 0.5
-    label = evaluation.label_map([1, 4, 7], logits, (4, 4))
+    label = evaluation.label_map(["right kidney", "liver", "pancreas"], logits, (4, 4), ORGANS)
     assert label[0].tolist() == [5, 2, 2, 2] and label[3].tolist() == [8] * 4 and not label[1:3].any()
-    assert evaluation.label_map([1, 4, 7], logits, (9, 6)).shape == (9, 6)
-    assert not evaluation.label_map([], torch.zeros(0, 4, 4), (5, 5)).any()
+    assert evaluation.label_map(["right kidney", "liver", "pancreas"], logits, (9, 6), ORGANS).shape == (9, 6)
+    assert not evaluation.label_map([], torch.zeros(0, 4, 4), (5, 5), ORGANS).any()
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,16 @@ def small():
 
 
 def test_prompts_ask_for_what_is_there_and_do_not_depend_on_order(small):
-    dataset, attributes = open_dataset("demo", split="test", image_size=64, limit=4), load_attributes("demo")
+    dataset, texts = open_dataset("demo", split="test", image_size=64, limit=4), Texts("demo")
     features = [small.encode_image(torch.from_numpy(s.image).permute(2, 0, 1)[None]) for s in dataset]
-    asks = lambda i, prompt, seed=0: evaluation.ask(small, features[i], dataset[i], dataset.keys[i], attributes, prompt,
-                                                    3, seed)
+    asks = lambda i, prompt, seed=0: evaluation.ask(small, features[i], dataset[i], texts, prompt, 3, seed)
     for prompt in ("none", "point", "box"):
         forward = [asks(i, prompt) for i in range(4)]
         for i in reversed(range(4)):
             asked, logits = asks(i, prompt)
-            present = np.flatnonzero(dataset[i].masks.any((1, 2))).tolist()
-            assert asked == (list(range(8)) if prompt == "none" else present) and logits.shape == (len(asked), 64, 64)
+            present = [t for t, mask in zip(dataset[i].targets, dataset[i].masks) if mask.any()]
+            assert set(asked) == set(ORGANS) if prompt == "none" else asked == present
+            assert logits.shape == (len(asked), 64, 64)
             assert torch.equal(logits, forward[i][1])
     assert not torch.equal(asks(0, "point")[1], asks(0, "point", seed=1)[1])
 
@@ -94,8 +96,8 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
         f["image"], f["label"] = image[60:100:10] / np.float32(255), lut[label[60:100:10]]
     dataset = open_dataset("synapse", tmp_path, "test", 256)
     model = MedSegR(Config(branches=("sam",))).eval()
-    cases, _ = evaluation.evaluate(model, dataset, load_attributes("synapse"), "box", progress=False)
-    table = evaluation.summarise(cases, CLASSES)
+    cases, _ = evaluation.evaluate(evaluation.Predictor(model, Texts("synapse"), "box"), dataset, progress=False)
+    table = evaluation.summarise(cases, ORGANS)
     assert table["mean"]["dice_strict"] > 0.85, table
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT
-from data import CLASSES, Batch, InputError, attribute_texts, load_attributes, open_dataset, seeded
-from eval import ask
+from common import InputError, seeded
+from data import Batch, Texts, open_dataset
 from medsegr import Config, MedSegR, ModelError, load_checkpoint
 
 QUICK = ["--dataset", "demo", "--image-size", "64", "--batch-size", "2", "--limit", "8", "--val-slices", "2"]
@@ -78,9 +78,19 @@ def test_learning_rate_rises_and_falls():
     assert rates[55] == pytest.approx(0.5 ** 0.9)
 
 
+class Numbers(list):
+    """A data set whose samples are their numbers, with the view that is asked for."""
+
+    def __init__(self, n):
+        super().__init__(range(n))
+
+    def view(self, i, number, texts):
+        return i if texts is None else (i, number)
+
+
 @pytest.mark.parametrize("n,batch,world", [(10, 3, 1), (10, 3, 2), (7, 2, 4), (12, 4, 3), (5, 8, 2)])
 def test_an_epoch_visits_every_sample_once(n, batch, world):
-    ranks = [train.Batches(list(range(n)), batch, rank, world, seed=1, first=0, last=0) for rank in range(world)]
+    ranks = [train.Batches(Numbers(n), batch, rank, world, seed=1, first=0, last=0) for rank in range(world)]
     epochs = []
     for epoch in range(2):
         steps = [[r[epoch * r.per_epoch + i] for i in range(r.per_epoch)] for r in ranks]
@@ -89,6 +99,14 @@ def test_an_epoch_visits_every_sample_once(n, batch, world):
         assert set(seen) == set(range(n)) and len(seen) <= n + world
         epochs.append(seen)
     assert epochs[0] != epochs[1]
+
+
+def test_views_take_turns():
+    """With two views an image comes as it is and in each of its variations within three epochs."""
+    batches = train.Batches(Numbers(6), 3, 0, 1, seed=1, first=0, last=6, views=2, texts="texts")
+    seen = [sample for i in range(6) for sample in batches[i]]
+    assert sorted(seen) == [(i, view) for i in range(6) for view in range(3)]
+    assert {view for _, view in seen[:6]} == {0, 1, 2}  # not all of them the same in one epoch
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, cache_folder):
@@ -162,16 +180,14 @@ def dice(a, b):
 def answers(model, text_of, asked_for):
     """Mean Dice of what the texts of `text_of` find with the masks of `asked_for`, over demo images with both."""
     dataset = open_dataset("demo", split="test", image_size=model.config.image_size, limit=16)
-    attributes = load_attributes("demo")
-    a, b = CLASSES.index(text_of), CLASSES.index(asked_for)
-    values = []
+    texts, values = Texts("demo"), []
     for sample in dataset:
-        if sample.masks[a].any() and sample.masks[b].any():
+        if text_of in sample.targets and asked_for in sample.targets:
             features = model.encode_image(torch.from_numpy(sample.image).permute(2, 0, 1)[None])
-            priors = model.encode_attributes([attribute_texts(attributes, text_of)])
+            priors = model.encode_attributes([texts(text_of, "ct")])
             logits = model.decode(features, torch.tensor([0]), priors)[0]
             logits = F.interpolate(logits[None], sample.masks.shape[-2:], mode="bilinear")[0, 0]
-            values.append(dice(logits.numpy() > 0, sample.masks[b]))
+            values.append(dice(logits.numpy() > 0, sample.masks[sample.targets.index(asked_for)]))
     return float(np.mean(values))
 
 

@@ -1,0 +1,74 @@
+"""Pictures: masks over images, as every script draws them. Readable by the colour-blind."""
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.colors import to_rgb  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+
+# Okabe and Ito's colours, told apart by the colour-blind, and two more
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff", "#999999", "#8c510a")
+
+
+def colours(names):
+    """{name: colour}, in the order of the names."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+
+
+def overlay(axis, image, masks=(), palette=None, title=None):
+    """Draws an image uint8 [H,W,3] with filled, outlined masks: pairs of a name in `palette` and bool [H,W]."""
+    shown = image / 255.0
+    for name, inside in masks:
+        edge = inside & ~np.all([np.roll(inside, step, axis) for axis in (0, 1) for step in (1, -1)], axis=0)
+        colour = np.array(to_rgb(palette[name]))
+        shown[inside] = 0.65 * shown[inside] + 0.35 * colour
+        shown[edge] = colour
+    axis.imshow(shown, interpolation="nearest")
+    axis.set_xticks([]), axis.set_yticks([])
+    if title:
+        axis.set_title(title, fontsize=9)
+
+
+def legend(figure, palette, columns=4):
+    """Names the colours below the panels; tight_layout leaves room for it."""
+    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in palette.items()]
+    columns = min(columns, max(1, len(handles)))
+    figure.legend(handles=handles, loc="lower center", ncol=columns, frameon=False, fontsize=9)
+    rows = -(-len(handles) // columns)
+    figure.tight_layout(rect=(0, (0.25 * rows + 0.15) / figure.get_figheight(), 1, 1))
+
+
+def contact_sheet(pictures, path, title, columns=6):
+    """pictures: (title, image uint8 [H,W,3], [(class, bool [H,W])]) -> a PNG of all of them with their masks."""
+    palette = colours(name for _, _, masks in pictures for name, _ in masks)
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.65 * rows + 0.8 + 0.07 * len(palette)),
+                                squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, image, masks) in zip(axes.flat, pictures):
+        short = name if len(name) <= 30 else name[:14] + "…" + name[-15:]
+        overlay(axis, image, masks, palette, short)
+        axis.title.set_fontsize(7)
+    figure.suptitle(title, fontsize=11)
+    legend(figure, palette, columns)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def examples(rows, path, title):
+    """rows: (name, title, image, true masks, prediction's title, predicted masks) -> a PNG with a row of three each."""
+    palette = colours(name for row in rows for name, _ in [*row[3], *row[5]])
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9, 3.1 * len(rows) + 0.9), squeeze=False)
+    for axis, (name, key, image, truth, note, prediction) in zip(axes, rows):
+        overlay(axis[0], image, title=key)
+        overlay(axis[1], image, truth, palette, "truth")
+        overlay(axis[2], image, prediction, palette, note)
+        axis[0].set_ylabel(name)
+    figure.suptitle(title, fontsize=11)
+    legend(figure, palette)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)

@@ -1,0 +1,380 @@
+"""The challenges' NIfTI volumes, once, to the files that readers.py opens; `python data.py prepare` calls prepare().
+
+    synapse   RAW/img/img0001.nii.gz, RAW/label/label0001.nii.gz  ->  the layout of TransUNet, see readers.Synapse
+    kits19    RAW/case_00000/imaging.nii.gz, segmentation.nii.gz  ->  OUT/case_00000, see readers.KiTS19
+
+What is written is [z, y, x]: z from inferior to superior, y from anterior to posterior, x from the patient's right to
+left, so that a slice is the upright radiological view with the patient's right on the image's left, however the file
+stores it. That is decided by the file's header alone. Axes are permuted and flipped, voxels never resampled: a volume
+that lies obliquely goes to its nearest axes, as in the literature, and the last line says so.
+"""
+import gzip
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from tqdm import tqdm
+
+from common import InputError, make_folder, read_text
+from readers import TEST_CASES
+
+UPRIGHT = axcodes2ornt(("S", "P", "L"))  # where z, y and x run to
+# HU that keep their contrast: TransUNet's; nnU-Net's and MIScnn's, percentiles within KiTS19's kidneys
+WINDOWS = {"synapse": (-125, 275), "kits19": (-79, 304)}
+# BTCV's 13 organs -> TransUNet's eight, in the order of readers.ORGANS
+EIGHT = np.array([0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0], np.uint8)
+KIDNEYS = np.array([0, 1, 2], np.uint8)
+# the challenge has no other numbers; a copy that counts its cases from 1 to 30 would have other test cases
+NUMBERS = {f"{n:04d}" for n in (*range(1, 11), *range(21, 41))}
+KITS19_TRAIN = 210  # cases that the challenge published with a segmentation
+
+# nibabel mends what little is wrong with a header and logs it; what it cannot mend becomes our one line
+nib.imageglobals.logger.setLevel("CRITICAL")
+
+
+def prepare(name, raw, out):
+    """Writes the data set `name` from the challenge's folder `raw` to `out`, and prints what is there and what is next.
+
+    A case that is complete is not written again, so that a run goes on where it was stopped. InputError for anything
+    wrong with the files; headers are checked before the first case is written, voxels as they are read.
+    """
+    makers = {"synapse": synapse, "kits19": kits19}
+    if name not in makers:
+        raise InputError(f"prepare {name}: only {' and '.join(makers)} are prepared; others are read as published")
+    raw, out = Path(raw), Path(out)
+    if not raw.is_dir():
+        raise InputError(f"{raw}: no such folder; name the one that holds the challenge's files")
+    print(makers[name](raw, out))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NIfTI
+
+@dataclass
+class Grid:
+    """Where a NIfTI file's voxels lie. `shape` and `spacing` are (z, y, x), of the volume that we write."""
+    path: Path
+    affine: np.ndarray  # [4, 4]: the file's indices -> mm to the right, anterior and superior
+    axes: np.ndarray  # [3, 2]: for each of the file's axes, the patient's nearest one and the direction along it
+    shape: tuple
+    spacing: list  # mm
+    tilt: float  # degrees, between the file's axes and the patient's
+
+
+@contextmanager
+def opened(path):
+    """The nibabel image and the stream that it reads from; whatever fails within is taken for a damaged file."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+            yield nib.Nifti1Image.from_stream(stream), stream
+    except Exception as e:  # damaged bytes make gzip and nibabel raise nearly anything
+        raise InputError(f"{path}: truncated or not NIfTI ({' '.join(str(e).split())}); copy it again") from None
+
+
+def read_grid(path):
+    """The Grid of a file, from its header."""
+    with opened(path) as (image, _):
+        stored, affine, kind = image.shape, image.affine, image.get_data_dtype().kind
+        oriented = int(image.header["sform_code"]) or int(image.header["qform_code"])
+    if len(stored) < 3 or set(stored[3:]) - {1} or min(stored) < 1 or kind not in "iuf":
+        raise InputError(f"{path}: should be one volume of numbers, but is {image.get_data_dtype()} {list(stored)}; "
+                         "store three axes")
+    if not oriented:  # nibabel would guess, and a wrong guess swaps the kidneys
+        raise InputError(f"{path}: the header does not say how the patient lies (sform_code and qform_code are 0); "
+                         "take the challenge's own file, or set its sform")
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not sizes.all() or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.01:
+        raise InputError(f"{path}: the header's affine {affine[:3].round(3).tolist()} is singular; copy the file "
+                         "again, or set its sform")
+    axes = io_orientation(affine)
+    along = [int(np.flatnonzero(axes[:, 0] == world)[0]) for world in UPRIGHT[:, 0]]
+    cosines = [abs(affine[int(world), axis]) / sizes[axis] for axis, world in enumerate(axes[:, 0])]
+    return Grid(path, affine, axes, tuple(stored[axis] for axis in along), [round(float(sizes[a]), 6) for a in along],
+                float(np.degrees(np.arccos(min(1, *cosines)))))
+
+
+def read_pair(image, label):
+    """Paths -> (Grid, Grid) of an image and its label, voxel upon voxel."""
+    image, label = read_grid(image), read_grid(label)
+    if image.shape != label.shape:
+        raise InputError(f"{label.path}: {list(label.shape)} voxels (z, y, x), but its image {image.path.name} has "
+                         f"{list(image.shape)}; store both on one grid")
+    apart = np.abs(image.affine - label.affine).max()
+    if apart > 1e-3:
+        raise InputError(f"{label.path}: its affine and that of its image {image.path.name} differ by up to "
+                         f"{apart:.4g}; store both on one grid")
+    return image, label
+
+
+def slabs(grid, volume):
+    """Pairs (part of `volume` [D,H,W], the voxels of `grid`'s file that belong there), until all of it is covered.
+
+    Only a few slices are ever held as the file stores them: KiTS19's largest case is 2 GB in float64.
+    """
+    stored = apply_orientation(volume, ornt_transform(UPRIGHT, grid.axes))  # a view of it along the file's axes
+    step = max(1, 2 ** 22 // (stored.shape[0] * stored.shape[1]))
+    with opened(grid.path) as (image, stream):
+        for start in range(0, stored.shape[2], step):
+            part = stored[:, :, start:start + step]
+            yield part, np.asanyarray(image.dataobj[:, :, start:start + step]).reshape(part.shape)
+        while stream.read(2 ** 20):  # gzip compares its checksum at the end of the file
+            pass
+
+
+def read_image(grid, window, dtype):
+    """-> [D,H,W]: HU clipped to `window` and scaled to [0, 1] for np.float32, to whole numbers 0..255 for np.uint8."""
+    (low, high), image = window, np.empty(grid.shape, dtype)
+    darkest, brightest = np.inf, -np.inf
+    for part, slab in slabs(grid, image):
+        if not np.isfinite(slab).all():
+            raise InputError(f"{grid.path}: holds NaN or infinity; replace these values")
+        darkest, brightest = min(darkest, float(slab.min())), max(brightest, float(slab.max()))
+        unit = (np.clip(slab, low, high).astype(np.float32) - low) / np.float32(high - low)
+        part[...] = unit if dtype == np.float32 else np.rint(255 * unit)
+    # every CT shows fat, and nearly every one air
+    if darkest >= 0 or brightest - darkest < 100:
+        raise InputError(f"{grid.path}: its values run from {darkest:g} to {brightest:g}, so they are not HU (air "
+                         "-1000, fat -100, bone above 300); take the challenge's own file, not a rescaled one")
+    return image
+
+
+def read_label(grid, table):
+    """-> uint8 [D,H,W]: table[id] for every voxel; `table` uint8 [ids]."""
+    label = np.empty(grid.shape, np.uint8)
+    for part, slab in slabs(grid, label):
+        wrong = (slab < 0) | (slab >= len(table)) | (slab != np.rint(slab))  # the last finds NaN as well
+        if wrong.any():
+            raise InputError(f"{grid.path}: label {slab[wrong][0]:g} is not one of the challenge's ids, "
+                             f"0..{len(table) - 1}; take its own file")
+        part[...] = table[slab.astype(np.uint8)]
+    return label
+
+
+def find(folder, stem):
+    """The path of FOLDER/STEM.nii.gz or .nii, or None."""
+    return next((path for path in (folder / f"{stem}.nii.gz", folder / f"{stem}.nii") if path.is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+@contextmanager
+def whole(path):
+    """A file to write to, which appears at `path` when all is in it, or never."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "w+b") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); make room, or choose another place with "
+                         "--out") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """A record that we wrote, {} where there is none."""
+    try:
+        return json.loads(read_text(path)) if path.is_file() else {}
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({e}); delete it") from None
+
+
+def write_text(path, text):
+    with whole(path) as file:
+        file.write(text.encode())
+
+
+def check_room(out, grids, size):
+    """InputError now, not after an hour of work, if the disk cannot hold these volumes at `size` bytes a voxel."""
+    make_folder(out)
+    need, free = sum(np.prod(grid.shape, dtype=float) for grid in grids) * size, shutil.disk_usage(out).free
+    if need > free:
+        raise InputError(f"{out}: {need / 1e9:.1f} GB are needed, but {free / 1e9:.1f} GB are free; make room, or "
+                         "choose another place with --out")
+
+
+def tilted(grids):
+    """What the last line says of volumes that lie obliquely; below a degree it does not matter."""
+    tilts = [grid.tilt for grid in grids if grid.tilt > 1]
+    return f"; {len(tilts)} lie obliquely, by up to {max(tilts):.0f} degrees, and were not resampled" if tilts else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synapse (BTCV)
+
+def synapse(raw, out):
+    """A case is complete when its files are there and spacing.json, which is written after them, has its spacing."""
+    cases = {f"case{number}": read_pair(*paths) for number, paths in synapse_pairs(raw).items()}
+    path = out / "spacing.json"
+    if not path.is_file() and any((out / folder).exists() for folder in ("train_npz", "test_vol_h5")):
+        raise InputError(f"{out}: holds slices without our spacing.json, so they come from elsewhere; choose another "
+                         "place with --out, or move them away")
+    spacing = read_json(path)
+    todo = [case for case, (image, _) in cases.items()
+            if spacing.get(case) != image.spacing or synapse_found(out, case) != synapse_files(out, case, image)]
+    check_room(out, [cases[case][0] for case in todo], 5)  # float32 and uint8
+    for case in todo:
+        spacing.pop(case, None)
+    record_synapse(out, spacing)
+    for case in tqdm(todo, "preparing synapse", total=len(cases), initial=len(cases) - len(todo), unit="case"):
+        image, label = cases[case]
+        write_synapse(out, case, image, label)
+        spacing[case] = image.spacing
+        record_synapse(out, spacing)
+    return synapse_summary(out, spacing, cases)
+
+
+def synapse_pairs(raw):
+    """{number: (image's path, label's path)}, sorted."""
+    for folder in (raw, raw / "Training", raw / "RawData/Training"):
+        numbers = {match[1] for kind in ("img", "label") for path in (folder / kind).glob(f"{kind}*")
+                   if (match := re.fullmatch(kind + r"(\d+)\.nii(\.gz)?", path.name))}
+        if numbers:
+            break
+    else:
+        raise InputError(f"{raw}: no img/img0001.nii.gz with a label/label0001.nii.gz, neither here nor in Training or "
+                         "RawData/Training; give the folder that the challenge's RawData.zip was unpacked to")
+    pairs = {}
+    for number in sorted(numbers):
+        names = {kind: f"{kind}{number}" for kind in ("img", "label")}
+        pairs[number] = tuple(find(folder / kind, name) for kind, name in names.items())
+        for path, other, (kind, name) in zip(pairs[number], pairs[number][::-1], names.items()):
+            if path is None:
+                raise InputError(f"{folder / kind / name}.nii.gz: missing, but {other} is there; unpack the "
+                                 "challenge's Training folder again, which holds both, or take that file away")
+    return pairs
+
+
+def synapse_files(out, case, grid):
+    """The paths that a case is written to."""
+    if case[4:] in TEST_CASES:
+        return [out / f"test_vol_h5/{case}.npy.h5"]
+    return [out / f"train_npz/{case}_slice{i:03d}.npz" for i in range(grid.shape[0])]
+
+
+def synapse_found(out, case):
+    """Those that are there."""
+    return sorted([*out.glob(f"test_vol_h5/{case}.npy.h5"), *out.glob(f"train_npz/{case}_slice*.npz")])
+
+
+def write_synapse(out, case, image, label):
+    paths = synapse_files(out, case, image)
+    image, label = read_image(image, WINDOWS["synapse"], np.float32), read_label(label, EIGHT)
+    make_folder(paths[0].parent)
+    if case[4:] in TEST_CASES:
+        with whole(paths[0]) as file, h5py.File(file, "w") as volume:
+            volume["image"], volume["label"] = image, label
+        return
+    for path in (out / "train_npz").glob(f"{case}_slice*"):  # of a run that was stopped, or of a longer volume
+        path.unlink()
+    for path, x, y in zip(paths, image, label):
+        with whole(path) as file:
+            # not compressed: at 512 x 512 a slice takes 1.3 MB instead of 0.3, but is read in 0.8 ms instead of 4
+            np.savez(file, image=x, label=y)
+
+
+def record_synapse(out, spacing):
+    """spacing.json and the lists, which name the cases that are complete and no others."""
+    train = sorted(path.stem for path in (out / "train_npz").glob("*.npz") if path.stem.split("_slice")[0] in spacing)
+    make_folder(out / "lists_Synapse")
+    write_text(out / "spacing.json", json.dumps(dict(sorted(spacing.items()))) + "\n")
+    for kind, names in (("train", train), ("test_vol", [c for c in sorted(spacing) if c[4:] in TEST_CASES])):
+        path = out / f"lists_Synapse/{kind}.txt"
+        if names:
+            write_text(path, "".join(f"{name}\n" for name in names))
+        else:  # for readers.py a list that names nothing is an error
+            path.unlink(missing_ok=True)
+
+
+def synapse_summary(out, spacing, cases):
+    """The last line: what lies in `out` and what to run next."""
+    test = [case for case in spacing if case[4:] in TEST_CASES]
+    slices, train = len(list((out / "train_npz").glob("*.npz"))), len(spacing) - len(test)
+    line = f"{out}: {train} case(s) to train on, {slices} slices, and {len(test)} of the {len(TEST_CASES)} test cases"
+    line += tilted(image for image, _ in cases.values())
+    others = sorted({case[4:] for case in spacing} - NUMBERS)
+    if others:
+        line += (f"; {others[0]} is not a number of the challenge's (0001-0010, 0021-0040): if this copy counts its "
+                 "cases anew, give them their own numbers, or test cases are trained on")
+    if len(test) < len(TEST_CASES):
+        line += "; without all test cases results do not compare with published ones"
+    if train > 1:
+        return f"{line}; next: python train.py --dataset synapse --data {out}"
+    line += "; training needs two or more other cases"
+    return f"{line}; next: python eval.py --dataset synapse --data {out}" if test else line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KiTS19
+
+def kits19(raw, out):
+    """A case is complete when its arrays are there and case.json, written last, has the volume's shape and spacing."""
+    pairs, skipped = kits19_pairs(raw)
+    cases = {case: read_pair(*paths) for case, paths in pairs.items()}
+    todo = [case for case, (image, _) in cases.items() if not kits19_complete(out / case, image)]
+    check_room(out, [cases[case][0] for case in todo], 2)
+    for case in tqdm(todo, "preparing kits19", total=len(cases), initial=len(cases) - len(todo), unit="case"):
+        write_kits19(out / case, *cases[case])
+    count = len(list(out.glob("case_*/case.json")))
+    line = f"{out}: {count} case(s)" + tilted(image for image, _ in cases.values())
+    if count < 3:
+        line += "; training, validation and test need at least three"
+    if skipped:
+        line += f"; {skipped} without a segmentation, the challenge's test cases, were skipped"
+    return f"{line}; next: python train.py --dataset kits19 --data {out}"
+
+
+def kits19_pairs(raw):
+    """({case: (image's path, label's path)}, sorted; how many were skipped for want of a segmentation)."""
+    folders = sorted(path for place in (raw, raw / "data") for path in place.glob("case_*") if path.is_dir())
+    pairs, skipped = {}, 0
+    for folder in folders:
+        image, label = find(folder, "imaging"), find(folder, "segmentation")
+        if image and label:
+            pairs[folder.name] = image, label
+        elif label:
+            raise InputError(f"{folder / 'imaging.nii.gz'}: missing, but {label.name} is there; fetch the images with "
+                             "the challenge's starter_code/get_imaging.py")
+        elif image and folder.name < f"case_{KITS19_TRAIN:05d}":
+            raise InputError(f"{folder / 'segmentation.nii.gz'}: missing, but {image.name} is there, and cases below "
+                             f"{KITS19_TRAIN} have one; take it from the challenge's repository")
+        else:
+            skipped += image is not None
+    if not pairs:
+        raise InputError(f"{raw}: no case_00000/imaging.nii.gz with a segmentation.nii.gz beside it, neither here nor "
+                         "in data; give the challenge's folder, with its images fetched by starter_code/get_imaging.py")
+    return pairs, skipped
+
+
+def kits19_complete(folder, grid):
+    record = read_json(folder / "case.json")
+    return (record.get("shape") == list(grid.shape) and record.get("spacing") == grid.spacing
+            and all((folder / f"{kind}.npy").is_file() for kind in ("image", "label")))
+
+
+def write_kits19(folder, image, label):
+    shape, spacing = list(image.shape), image.spacing
+    image, label = read_image(image, WINDOWS["kits19"], np.uint8), read_label(label, KIDNEYS)
+    make_folder(folder)
+    (folder / "case.json").unlink(missing_ok=True)  # what it says is not true of the new arrays
+    for kind, volume in (("image", image), ("label", label)):
+        with whole(folder / f"{kind}.npy") as file:
+            np.save(file, volume)
+    areas = {letter: [] for letter in "zyx"}
+    for mask in (label == 1, label == 2):
+        for axis, letter in enumerate("zyx"):
+            across = tuple({0, 1, 2} - {axis})
+            areas[letter].append(mask.sum(across).tolist())
+    write_text(folder / "case.json", json.dumps(dict(shape=shape, spacing=spacing, areas=areas)) + "\n")

@@ -1,0 +1,186 @@
+"""data.py stats: what a data set holds, and everything that is wrong with its files, named one by one."""
+import hashlib
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import InputError, make_folder, write_atomically
+from data import SPLITS, Texts, knobs, make_sample, open_dataset
+
+SMALL = 0.05  # the paper's small objects: below 5 % of the image
+
+
+def overlap_rate(masks):
+    """masks bool [T,H,W], none empty -> float [T]: how much of a target's bounding box lies in those of the others."""
+    boxes = np.zeros(masks.shape, bool)
+    for box, mask in zip(boxes, masks):
+        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box[ys[0]:ys[-1] + 1, xs[0]:xs[-1] + 1] = True
+    shared = boxes & (boxes.sum(0) > 1)
+    return shared.sum((1, 2)) / boxes.sum((1, 2))
+
+
+class Records(torch.utils.data.Dataset):
+    """Item i: what there is to say about image i of a split, and what is wrong with it, as a dict."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        source, row = self.dataset.source, self.dataset.row(i)
+        record = dict(key=source.key(row), case=source.case(row), wrong=[], targets=[])
+        picture = None
+        # strict: also what the reader would pass over in training
+        for options in ({"strict": True}, {}) if source.name == "sa-med2d" else ({},):
+            try:
+                picture = source.read(row, **options)
+                break
+            except InputError as e:
+                record["wrong"].append(str(e))
+        if picture is None:
+            return record
+        record |= dict(modality=picture.modality, size=tuple(picture.image.shape[:2]))
+        pixels = np.ascontiguousarray(picture.image)
+        if pixels.min() < pixels.max():
+            record["digest"] = hashlib.blake2b(pixels, digest_size=8).digest()
+        elif len(picture.masks):
+            record["wrong"].append(f"{record['key']}: has masks, but all its pixels are equal; restore the image")
+        if len(picture.masks):
+            shared = (picture.masks & (picture.masks.sum(0) > 1)).any((1, 2))
+            record["targets"] = list(zip(picture.targets, picture.masks.mean((1, 2)).tolist(),
+                                         map(float, overlap_rate(picture.masks)), shared.tolist()))
+        return record
+
+
+class Tally:
+    """The numbers of a split, a modality or a class, added up image by image."""
+
+    def __init__(self):
+        self.images, self.cases, self.sizes = 0, set(), Counter()
+        self.areas, self.rates, self.sharing = array("f"), array("f"), 0
+
+    def add(self, record, targets):
+        self.images += 1
+        self.cases.add(record["case"])
+        self.sizes[tuple(record.get("size", ()))] += 1
+        for _, area, rate, shared in targets:
+            self.areas.append(area)
+            self.rates.append(rate)
+            self.sharing += shared
+
+    def numbers(self):
+        areas = np.array(self.areas)
+        quantiles = [float(q) for q in np.quantile(areas, (0, 0.25, 0.5, 0.75, 1))] if len(areas) else None
+        return dict(images=self.images, cases=len(self.cases), targets=len(areas), area_quantiles=quantiles,
+                    small=int((areas < SMALL).sum()), box_overlap=float(np.mean(self.rates)) if len(areas) else None,
+                    sharing_pixels=self.sharing,
+                    sizes={"{} x {}".format(*size): n for size, n in self.sizes.most_common() if size})
+
+
+def count(records, name, seen):
+    """The records of a split -> (its numbers, what is wrong, the rows that show it: the largest of each class, others).
+
+    seen: {digest: (split, key)} of all images so far, to find those on two sides of the split.
+    """
+    everything, classes, modalities = Tally(), {}, {}
+    wrong, largest, others = [], {}, []
+    for i, record in enumerate(records):
+        wrong += record["wrong"]
+        first = seen.setdefault(record["digest"], (name, record["key"])) if "digest" in record else (name, "")
+        if first[0] != name and first[1] != record["key"]:  # one file may serve two splits (Synapse's validation volumes)
+            wrong.append(f"{record['key']} ({name}): the same pixels as {first[1]} ({first[0]}), on two sides of the "
+                         "split; take one out")
+        everything.add(record, record["targets"])
+        if "modality" in record:
+            modalities.setdefault(record["modality"], Tally()).add(record, record["targets"])
+        for target in dict.fromkeys(t[0] for t in record["targets"]):
+            mine = [t for t in record["targets"] if t[0] == target]
+            classes.setdefault(target, Tally()).add(record, mine)
+            largest[target] = max(largest.get(target, (0, 0)), (max(t[1] for t in mine), i))
+        if record["targets"]:
+            others.append(i)
+    numbers = dict(**everything.numbers(), modalities={k: t.numbers() for k, t in sorted(modalities.items())},
+                   classes={k: t.numbers() for k, t in sorted(classes.items())})
+    rare_first = sorted(largest, key=lambda target: classes[target].images)
+    spread = [others[k] for k in np.linspace(0, len(others) - 1, 24).astype(int)] if others else []
+    return numbers, wrong, list(dict.fromkeys([largest[target][1] for target in rare_first] + spread))[:24]
+
+
+def check_texts(args, source):
+    """One line for every class of the data set that lacks a text."""
+    texts, wrong = Texts(args.dataset, args.attributes_file, args.texts), []
+    for pair in source.pairs:
+        try:
+            texts.check([pair])
+        except InputError as e:
+            wrong.append(str(e))
+    return wrong
+
+
+def tile(dataset, i, size=256):
+    """-> (key, image, masks) for the contact sheet."""
+    sample = make_sample(dataset.source.read(dataset.row(i)), size, dataset.case(i), dataset.key(i))
+    return sample.key, sample.image, list(zip(sample.targets, sample.masks))
+
+
+def stats(args):
+    """`data.py stats`: prints the tables and what is wrong -> 0, or 1 if anything is."""
+    if args.dataset is None:
+        raise InputError("--dataset: name the data set")
+    for path in (args.json, args.sheet):
+        if path:
+            make_folder(Path(path).parent)
+    wrong, splits, tiles, seen = [], {}, [], {}
+    for split in SPLITS:
+        try:
+            dataset = open_dataset(args.dataset, args.data, split, limit=args.limit, **knobs(args))
+        except InputError as e:
+            wrong.append(str(e))
+            continue
+        if not splits:
+            wrong += [*getattr(dataset.source, "problems", ()), *check_texts(args, dataset.source)]
+        loader = torch.utils.data.DataLoader(Records(dataset), batch_size=None, num_workers=args.workers)
+        bar = tqdm(loader, f"reading {split}", unit="image", mininterval=1)
+        splits[split], found, rows = count(bar, split, seen)
+        wrong += found
+        if args.sheet and not tiles:
+            tiles = [tile(dataset, i) for i in rows]
+    wrong = list(dict.fromkeys(wrong))
+    if not splits:
+        raise InputError(wrong[0])
+    show(splits)
+    for line in wrong:
+        print(f"wrong: {line}")
+    print(f"{args.dataset}: {len(wrong) or 'nothing'} wrong")
+    if args.json:
+        result = dict(dataset=args.dataset, splits=splits, wrong=wrong)
+        write_atomically(args.json, json.dumps(result, indent=1).encode())
+    if tiles:
+        from plots import contact_sheet
+        contact_sheet(tiles, args.sheet, f"{args.dataset}, {len(tiles)} images of {next(iter(splits))}")
+        print(f"wrote {args.sheet}")
+    return 1 if wrong else 0
+
+
+def show(splits):
+    """Prints the tables."""
+    percent = lambda x: "-" if x is None else f"{100 * x:.2f}"
+    head = f"{'images':>9}{'cases':>8}{'targets':>9}{'median area %':>15}{'small':>8}{'box overlap %':>15}{'sharing':>9}"
+    for split, numbers in splits.items():
+        print(f"\n{split:<28}{head}")
+        for name, row in {"all": numbers, **numbers["modalities"], **numbers["classes"]}.items():
+            area = row["area_quantiles"] and row["area_quantiles"][2]
+            print(f"{name[:27]:<28}{row['images']:>9}{row['cases']:>8}{row['targets']:>9}{percent(area):>15}"
+                  f"{row['small']:>8}{percent(row['box_overlap']):>15}{row['sharing_pixels']:>9}")
+        sizes = [f"{size} ({n})" for size, n in numbers["sizes"].items()]
+        print("sizes, H x W: " + ", ".join(sizes[:6]) + (f", and {len(sizes) - 6} others" if len(sizes) > 6 else ""))
+    print("\narea: of the image. small: below 5 % of it. box overlap: how much of a target's box lies in the boxes of\n"
+          "other targets, on average. sharing: targets that share pixels with another.")
