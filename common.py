@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,22 @@ def make_folder(folder):
         raise InputError(f"{folder}: cannot be written to ({e.strerror}); choose another place") from None
 
 
-def write_atomically(path, content):
-    """Bytes to PATH, all or nothing."""
+@contextmanager
+def whole(path):
+    """A binary file to write to, which appears at `path` when all is in it, or never. InputError if it cannot."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        with open(part, "w+b") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); make room, or choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path, content):
+    """Bytes to PATH, all or nothing."""
+    with whole(path) as file:
+        file.write(content)

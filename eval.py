@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from medpy.metric.binary import hd95
 from tqdm import tqdm
 
 import plots
@@ -22,6 +21,7 @@ from common import InputError, Parser, make_folder, run, write_atomically
 from data import (PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset, point_prompt,
                   prompt_rng, to_original)
 from medsegr import Config, MedSegR, ModelError, load_checkpoint
+from metrics import METRICS, score, score_labels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking a model for the structures of a slice
@@ -77,42 +77,12 @@ def true_label_map(sample, classes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
-def surface_distance(a, b):
-    """medpy's HD95 in voxels of two bool arrays that are not empty; cropped to both, which does not change it."""
-    where = np.nonzero(a | b)
-    crop = tuple(slice(max(0, w.min() - 1), w.max() + 2) for w in where)
-    return float(hd95(a[crop], b[crop]))
-
-
-def score(a, b):
-    """Prediction and truth of one structure, bool of any shape -> {dice, hd95, dice_strict, hd95_strict}.
-
-    dice and hd95 follow TransUNet: a prediction without truth counts as (1, 0), any other empty pair, even a rightly
-    empty one, as (0, 0). The strict ones skip a rightly empty pair (None) and otherwise give an empty side Dice 0 and
-    the diagonal of the volume. HD95 in voxels.
-    """
-    dice = 2 * float((a & b).sum()) / max(1, int(a.sum() + b.sum()))
-    if a.any() and b.any():
-        distance = surface_distance(a, b)
-        return dict(dice=dice, hd95=distance, dice_strict=dice, hd95_strict=distance)
-    strict = (0.0, float(np.linalg.norm(a.shape))) if a.any() or b.any() else (None, None)
-    return dict(dice=float(a.any()), hd95=0.0, dice_strict=strict[0], hd95_strict=strict[1])
-
-
-def score_labels(prediction, truth, classes):
-    """Label maps uint8 of one case -> {class: score()}."""
-    return {name: score(prediction == i, truth == i) for i, name in enumerate(classes, 1)}
-
-
 def score_masks(answers):
     """[(class, prediction, truth)] of one image -> {class: score()}, the mean over the instances of a class."""
     scores = {}
     for name, prediction, truth in answers:
         scores.setdefault(name, []).append(score(prediction, truth))
     return {name: {m: mean(s[m] for s in each) for m in METRICS} for name, each in scores.items()}
-
-
-METRICS = ("dice", "hd95", "dice_strict", "hd95_strict")
 
 
 def mean(values):

@@ -10,7 +10,6 @@ that lies obliquely goes to its nearest axes, as in the literature, and the last
 """
 import gzip
 import json
-import os
 import re
 import shutil
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
-from common import InputError, make_folder, read_text
+from common import InputError, make_folder, read_text, whole, write_atomically
 from readers import TEST_CASES
 
 UPRIGHT = axcodes2ornt(("S", "P", "L"))  # where z, y and x run to
@@ -166,21 +165,6 @@ def find(folder, stem):
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
-@contextmanager
-def whole(path):
-    """A file to write to, which appears at `path` when all is in it, or never."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w+b") as file:
-            yield file
-        os.replace(part, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); make room, or choose another place with "
-                         "--out") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def read_json(path):
     """A record that we wrote, {} where there is none."""
     try:
@@ -189,11 +173,6 @@ def read_json(path):
         if isinstance(e, InputError):
             raise
         raise InputError(f"{path}: damaged ({e}); delete it") from None
-
-
-def write_text(path, text):
-    with whole(path) as file:
-        file.write(text.encode())
 
 
 def check_room(out, grids, size):
@@ -289,11 +268,11 @@ def record_synapse(out, spacing):
     """spacing.json and the lists, which name the cases that are complete and no others."""
     train = sorted(path.stem for path in (out / "train_npz").glob("*.npz") if path.stem.split("_slice")[0] in spacing)
     make_folder(out / "lists_Synapse")
-    write_text(out / "spacing.json", json.dumps(dict(sorted(spacing.items()))) + "\n")
+    write_atomically(out / "spacing.json", json.dumps(dict(sorted(spacing.items()))).encode())
     for kind, names in (("train", train), ("test_vol", [c for c in sorted(spacing) if c[4:] in TEST_CASES])):
         path = out / f"lists_Synapse/{kind}.txt"
         if names:
-            write_text(path, "".join(f"{name}\n" for name in names))
+            write_atomically(path, "".join(f"{name}\n" for name in names).encode())
         else:  # for readers.py a list that names nothing is an error
             path.unlink(missing_ok=True)
 
@@ -377,4 +356,4 @@ def write_kits19(folder, image, label):
         for axis, letter in enumerate("zyx"):
             across = tuple({0, 1, 2} - {axis})
             areas[letter].append(mask.sum(across).tolist())
-    write_text(folder / "case.json", json.dumps(dict(shape=shape, spacing=spacing, areas=areas)) + "\n")
+    write_atomically(folder / "case.json", json.dumps(dict(shape=shape, spacing=spacing, areas=areas)).encode())

@@ -397,6 +397,8 @@ class Kvasir:
         if mask.shape != image.shape[:2]:
             raise InputError(f"{self.find_mask(name)}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; "
                              "store both on one grid")
+        if not mask.any():
+            raise InputError(f"{self.find_mask(name)}: empty, but every image of Kvasir-SEG shows a polyp; restore it")
         return from_labels(image, mask.astype(np.uint8), self.classes, "endoscopy")
 
     def find_mask(self, name):

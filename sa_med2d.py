@@ -297,7 +297,7 @@ class Indexer:
         self.root, self.stamp = root, stamp
         self.problems, self.counts, self.left_out = [], Counter(), Counter()
         self.ids = read_class_ids(root / CLASS_IDS, self.problem) if (root / CLASS_IDS).is_file() else {}
-        self.suffixes, self.targets = {"": LEFT_OUT}, [None]  # suffix -> number, number -> class
+        self.suffixes, self.targets = {"/": LEFT_OUT}, [None]  # suffix -> number, number -> class
         self.groups, self.cases, self.sources = {}, {}, {}  # (source, modality) and case -> number, source -> cases
         self.names, self.name_at, self.hashes = bytearray(), array("q", [0]), array("q")
         self.suffix, self.mask_at, self.group, self.case = array("I"), array("q", [0]), array("I"), array("I")

@@ -11,18 +11,9 @@ from tqdm import tqdm
 
 from common import InputError, make_folder, write_atomically
 from data import SPLITS, Texts, knobs, make_sample, open_dataset
+from metrics import overlap_rate
 
 SMALL = 0.05  # the paper's small objects: below 5 % of the image
-
-
-def overlap_rate(masks):
-    """masks bool [T,H,W], none empty -> float [T]: how much of a target's bounding box lies in those of the others."""
-    boxes = np.zeros(masks.shape, bool)
-    for box, mask in zip(boxes, masks):
-        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box[ys[0]:ys[-1] + 1, xs[0]:xs[-1] + 1] = True
-    shared = boxes & (boxes.sum(0) > 1)
-    return shared.sum((1, 2)) / boxes.sum((1, 2))
 
 
 class Records(torch.utils.data.Dataset):
@@ -95,7 +86,8 @@ def count(records, name, seen):
     for i, record in enumerate(records):
         wrong += record["wrong"]
         first = seen.setdefault(record["digest"], (name, record["key"])) if "digest" in record else (name, "")
-        if first[0] != name and first[1] != record["key"]:  # one file may serve two splits (Synapse's validation volumes)
+        # one file may serve two splits: Synapse's validation volumes
+        if first[0] != name and first[1] != record["key"]:
             wrong.append(f"{record['key']} ({name}): the same pixels as {first[1]} ({first[0]}), on two sides of the "
                          "split; take one out")
         everything.add(record, record["targets"])
@@ -173,12 +165,12 @@ def stats(args):
 def show(splits):
     """Prints the tables."""
     percent = lambda x: "-" if x is None else f"{100 * x:.2f}"
-    head = f"{'images':>9}{'cases':>8}{'targets':>9}{'median area %':>15}{'small':>8}{'box overlap %':>15}{'sharing':>9}"
+    head = f"{'images':>8}{'cases':>8}{'targets':>9}{'median area %':>15}{'small':>8}{'box overlap %':>15}{'sharing':>9}"
     for split, numbers in splits.items():
         print(f"\n{split:<28}{head}")
         for name, row in {"all": numbers, **numbers["modalities"], **numbers["classes"]}.items():
             area = row["area_quantiles"] and row["area_quantiles"][2]
-            print(f"{name[:27]:<28}{row['images']:>9}{row['cases']:>8}{row['targets']:>9}{percent(area):>15}"
+            print(f"{name[:27]:<28}{row['images']:>8}{row['cases']:>8}{row['targets']:>9}{percent(area):>15}"
                   f"{row['small']:>8}{percent(row['box_overlap']):>15}{row['sharing_pixels']:>9}")
         sizes = [f"{size} ({n})" for size, n in numbers["sizes"].items()]
         print("sizes, H x W: " + ", ".join(sizes[:6]) + (f", and {len(sizes) - 6} others" if len(sizes) > 6 else ""))

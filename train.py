@@ -43,6 +43,9 @@ def segmentation_loss(logits, iou, masks):
     logits float [M,h,w], iou [M], masks bool [M,S,S] -> the loss and its three parts. An absent structure has an empty
     mask: its Dice term falls as the predicted area does, its IoU is 1 if nothing is predicted, else 0.
     """
+    if not len(logits):  # a step whose images hold nothing to ask for: no gradient, rather than the mean of nothing
+        zero = 0.0 * (logits.sum() + iou.sum())
+        return zero, dict(focal=zero.detach(), dice=zero.detach(), iou=zero.detach())
     truth = masks.float()
     logits = F.interpolate(logits.float()[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     p = logits.sigmoid()

@@ -11,7 +11,6 @@ import torch
 
 import common
 import data
-from common import InputError
 from conftest import ROOT, fails
 from data import (ATTRIBUTES, Texts, add_prompts, box_prompt, correction_points, make_batch, make_sample, open_dataset,
                   point_prompt, prompt_rng, to_original, vary)
@@ -292,7 +291,8 @@ def test_the_look_may_depend_on_the_modality(tmp_path):
     texts = Texts("mine", path)
     assert texts("liver", "ct")["texture"] == "gray" and texts("liver", "mr")["texture"] == "bright"
     assert texts("liver", "mr")["shape"] == "s"
-    fails(lambda: texts("liver", "pet"), path, "mine, liver, texture: nothing for pet, only for ct, mr", '"pet": ["..."]')
+    fails(lambda: texts("liver", "pet"), path, "mine, liver, texture: nothing for pet, only for ct, mr",
+          '"pet": ["..."]')
     fails(lambda: texts.check([("liver", "ct"), ("liver", "pet")]), "pet")
 
 

@@ -393,14 +393,14 @@ def test_disk_full(tmp_path, monkeypatch):
         name, out = raw.replace("slices", "synapse"), tmp_path / f"{raw}-out"
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1]))  # no file may grow beyond it
         try:
-            fails(lambda: prepare(name, tmp_path / raw, out), file, "cannot be written", "--out")
+            fails(lambda: prepare(name, tmp_path / raw, out), file, "cannot be written", "another place")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert not list(out.rglob("*.part")) and not list(out.rglob(file))
         prepare(name, tmp_path / raw, out)
         assert list(out.rglob(file))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-    fails(lambda: prepare("kits19", tmp_path / "kits19", tmp_path / "new"), tmp_path / "new", "GB", "--out")
+    fails(lambda: prepare("kits19", tmp_path / "kits19", tmp_path / "new"), tmp_path / "new", "GB", "another place")
     assert not list((tmp_path / "new").iterdir())
 
 

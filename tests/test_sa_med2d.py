@@ -143,7 +143,8 @@ def test_broken_files_are_named(tmp_path):
     ("/etc/ct_00--A--c--z_1.png", None, "outside images/"), ("images/../ct_00--A--c--z_1.png", None, "outside"),
     ("../images/ct_00--A--c--z_1.png", None, "outside"), ("images/liver.png", None, "not named like"),
     (None, "masks/../x.png", "outside masks/"), (None, "/etc/passwd", "outside masks/"), (None, 3, "among the masks"),
-    (None, "masks/other--0001_000.png", "does not begin"), (None, "masks/{}--0099_000.png", "99")])
+    (None, "masks/other--0001_000.png", "does not begin"),
+    (None, "masks/{}", "does not go on"), (None, "masks/{}--0099_000.png", "99")])
 def test_bad_entries_are_problems_and_never_opened(tmp_path, image, mask, words):
     entries = write(tmp_path)
     if image:
@@ -196,7 +197,8 @@ def test_sam_med2ds_own_form(tmp_path):
         dataset = SAMed2D(tmp_path, split)
         sizes[split] = len(dataset)
         assert dataset.classes == ("inferior vena cava", "liver")
-        assert {dataset.case(i) for i in range(len(dataset))}.isdisjoint({"amos_0006", "amos_0007"}) == (split != "test")
+        cases = {dataset.case(i) for i in range(len(dataset))}
+        assert cases.isdisjoint({"amos_0006", "amos_0007"}) == (split != "test")
         picture = dataset.read(0)
         assert picture.targets == dataset.classes and picture.absent == () and picture.modality == "unknown"
     assert sizes["test"] == 4 and sizes["train"] + sizes["val"] == 12 and sizes["val"] > 0

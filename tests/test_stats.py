@@ -28,7 +28,8 @@ def test_counts(tmp_path):
     assert {s: r["images"] for s, r in result["splits"].items()} == dict(train=7, val=1, test=2)
     areas = sorted(mask.mean() for mask in truth.values())
     counted = [result["splits"][s]["area_quantiles"] for s in result["splits"]]
-    assert min(q[0] for q in counted) == pytest.approx(areas[0]) and max(q[4] for q in counted) == pytest.approx(areas[-1])
+    assert min(q[0] for q in counted) == pytest.approx(areas[0])
+    assert max(q[4] for q in counted) == pytest.approx(areas[-1])
     polyp = result["splits"]["train"]["classes"]["polyp"]
     assert polyp["targets"] == 7 and polyp["small"] == 0 and polyp["box_overlap"] == 0
     assert result["splits"]["train"]["sizes"] == {"30 x 44": 7}
@@ -69,7 +70,8 @@ def test_everything_wrong_is_named(tmp_path):
 
 @pytest.mark.parametrize("flags,named", [
     ([], "--dataset"), (["--dataset", "brats"], "--dataset brats"), (["--dataset", "kvasir", "--data", "/no"], "/no"),
-    (["--dataset", "demo", "--json", "/proc/x/y.json"], "/proc/x"), (["--dataset", "demo", "--limit", "0"], "--limit 0")])
+    (["--dataset", "demo", "--json", "/proc/x/y.json"], "/proc/x"),
+    (["--dataset", "demo", "--limit", "0"], "--limit 0")])
 def test_bad_flags(flags, named):
     status, text, error = stats(*flags)
     assert status == 2 and error.count("\n") == 1 and named in error, error

@@ -53,6 +53,17 @@ def test_loss_is_its_formula():
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
 
 
+def test_a_step_without_targets_changes_nothing():
+    """Images of which every mask is too small leave nothing to ask for; the mean of nothing would be NaN for good."""
+    model = MedSegR(Config(image_size=64, feature_grid=8))
+    empty = torch.zeros(0, 64, 64, dtype=torch.bool)
+    logits, iou = model(None, torch.zeros(0, dtype=torch.int64), [], features=torch.randn(2, 256, 8, 8))
+    loss, parts = train.segmentation_loss(logits, iou, empty)
+    loss.backward()
+    assert loss.item() == 0 and all(float(part) == 0 for part in parts.values())
+    assert all(p.grad is None or not p.grad.any() for p in model.trained().values())
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_jitter_moves_features_and_masks_alike(seed):
     """Where the features are the image of the masks they still are after it."""

@@ -1,0 +1,308 @@
+"""metrics.py: HD95 is medpy's, on made and on real masks; empty sides; intervals that hold what they promise."""
+import sys
+import time
+
+import medpy.metric.binary as medpy
+import numpy as np
+import pytest
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.stats import linregress
+
+from conftest import fails
+from metrics import (METRICS, border, bootstrap, bootstrap_difference, bounding_box, dice, hd95, iou, label_boxes,
+                     nearest, neighbours, overlap_rate, pearson, score, score_labels, surface_distances)
+from readers import ORGANS
+
+
+def random_shape(rng, dimensions):
+    return tuple(int(n) for n in rng.integers(1, 14 if dimensions == 2 else 9, dimensions))
+
+
+def random_mask(rng, shape):
+    """Never empty: noise of any density, a box, a voxel, two far voxels, everything, or everything but a voxel."""
+    kind = rng.integers(6)
+    mask = np.zeros(shape, bool)
+    somewhere = lambda: tuple(int(rng.integers(n)) for n in shape)
+    if kind == 0:
+        mask = rng.random(shape) < rng.random()
+    elif kind == 1:
+        mask[tuple(slice(a, a + int(rng.integers(1, n + 1))) for a, n in zip(somewhere(), shape))] = True
+    elif kind == 2:
+        mask[0] = mask[somewhere()] = True
+    elif kind >= 4:
+        mask[:] = True
+        mask[somewhere()] = kind == 4
+    mask[somewhere()] |= kind == 3 or not mask.any()
+    return mask
+
+
+def random_spacing(rng, dimensions):
+    return (None, float(rng.uniform(0.2, 5)), list(rng.uniform(0.2, 5, dimensions)))[rng.integers(3)]
+
+
+def medpys_distances(a, b, spacing):
+    """medpy's two lines, with scipy's own erosion."""
+    edge = lambda m: m ^ binary_erosion(m)
+    ways = ((a, b), (b, a))
+    return [distance_transform_edt(~edge(y), sampling=spacing)[edge(x)] for x, y in ways]
+
+
+@pytest.mark.parametrize("dimensions,seed", [(d, s) for d in (1, 2, 3, 4) for s in range(3)])
+def test_hd95_is_medpys_on_small_masks(dimensions, seed):
+    """Some 3000 pairs, most of them touching the edge of the array, some identical, some disjoint."""
+    rng = np.random.default_rng((dimensions, seed))
+    for _ in range(40 if dimensions == 4 else 320):
+        shape, spacing = random_shape(rng, dimensions), random_spacing(rng, dimensions)
+        a, b = random_mask(rng, shape), random_mask(rng, shape)
+        if rng.random() < 0.1:
+            b = a.copy()
+        truth = medpy.hd95(a, b, voxelspacing=spacing)
+        assert hd95(a, b, spacing) == pytest.approx(truth, abs=1e-9, rel=1e-9)
+        assert hd95(b, a, spacing) == pytest.approx(truth, abs=1e-9, rel=1e-9)
+        for ours, theirs in zip(surface_distances(a, b, spacing), medpys_distances(a, b, spacing)):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+        assert dice(a, b) == pytest.approx(medpy.dc(a, b), abs=1e-12)
+        assert iou(a, b) == pytest.approx(medpy.jc(a, b), abs=1e-12)
+
+
+def ball(shape, centre, radius):
+    return sum((g - c) ** 2 for g, c in zip(np.indices(shape), centre)) <= radius ** 2
+
+
+@pytest.mark.parametrize("spacing", [None, (5, 1.2, 1.2), (0.5, 2, 1), (1, 1, 30), (1, 100, 100)])
+def test_hd95_is_medpys_on_larger_masks(spacing):
+    """Enough border voxels to look around first, to ask the tree, and to take the distance transform."""
+    rng, shape = np.random.default_rng(0), (24, 60, 60)
+    noise, speckle = rng.random(shape) < 0.5, rng.random(shape) < 0.03
+    one, other = ball(shape, (12, 30, 30), 16), ball(shape, (9, 33, 28), 14)
+    corner, far = ball(shape, (0, 0, 0), 20), ball(shape, (23, 59, 59), 20)
+    pairs = [(one, other), (corner, far), (noise, far), (noise, ~noise), (speckle, one), (one ^ speckle, other),
+             (noise & one, one), (np.ones(shape, bool), one), (one, one)]
+    for a, b in pairs:
+        assert hd95(a, b, spacing) == pytest.approx(medpy.hd95(a, b, voxelspacing=spacing), abs=1e-9, rel=1e-9)
+    for a, b in ((noise[0], far[23]), (noise[1], noise[0]), (one[12], other[12])):  # an image
+        flat = spacing and spacing[1:]
+        assert hd95(a, b, flat) == pytest.approx(medpy.hd95(a, b, voxelspacing=flat), abs=1e-9, rel=1e-9)
+
+
+def test_each_way_to_a_distance_is_taken_and_right():
+    """nearest() against all distances, with few points and many, near and far, sparse and dense."""
+    rng = np.random.default_rng(1)
+    for n, m, shape in ((50, 40, (9, 30, 30)), (1500, 1500, (9, 30, 30)), (1500, 3, (9, 99, 99)),
+                        (1500, 3, (9, 30, 30)),
+                        (1500, 60, (12, 40, 99)), (1200, 9, (50, 60)), (1200, 9, (200, 200))):
+        for step in (np.ones(len(shape)), rng.uniform(0.3, 4, len(shape))):
+            draw = lambda k: np.stack(np.unravel_index(rng.choice(np.prod(shape), k, replace=False), shape), 1)
+            points, others = draw(n), draw(m)
+            truth = np.sqrt((((points[:, None] - others) * step) ** 2).sum(2)).min(1)
+            np.testing.assert_allclose(nearest(points, others, step, shape), truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [(1.0, 1.0, 1.0), (5.0, 1.2, 1.2), (1.0, 1.0), (1e-3, 1e3), (0.7, 9.0, 1.1), (2.0,)])
+def test_no_nearer_neighbour_is_left_out(step):
+    offsets, lengths = neighbours(step)
+    wide = np.indices((31,) * len(step)).reshape(len(step), -1).T - 15
+    all_lengths = np.sort(np.sqrt(((wide * step) ** 2).sum(1)))
+    np.testing.assert_array_equal(lengths, all_lengths[:len(lengths)])
+    assert len(np.unique(offsets, axis=0)) == len(offsets) and not offsets[0].any()
+
+
+def test_border_and_box_of_random_masks():
+    rng = np.random.default_rng(2)
+    for dimensions in (1, 2, 3):
+        for _ in range(100):
+            mask = random_mask(rng, random_shape(rng, dimensions))
+            np.testing.assert_array_equal(border(mask), np.argwhere(mask ^ binary_erosion(mask)))
+            where = np.argwhere(mask)
+            assert bounding_box(mask) == tuple(map(slice, where.min(0).tolist(), (where.max(0) + 1).tolist()))
+    assert bounding_box(np.zeros((3, 4), bool)) is None
+
+
+def test_masks_in_any_memory_order():
+    rng = np.random.default_rng(3)
+    a, b = rng.random((2, 8, 9, 10)) < 0.3
+    truth = hd95(a, b)
+    assert hd95(np.asfortranarray(a), b) == hd95(a[::-1], b[::-1]) == hd95(a.transpose(2, 0, 1), b.transpose(2, 0, 1)) \
+        == truth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_empty_sides():
+    none, some = np.zeros((3, 4, 12), bool), np.zeros((3, 4, 12), bool)
+    some[1, 2, 3:5] = True
+    assert dice(none, none) is None and iou(none, none) is None and dice(none, some) == iou(some, none) == 0
+    assert hd95(none, none) is None and hd95(none, some) is None and surface_distances(some, none) is None
+    numbers = lambda *pair, **spacing: tuple(score(*pair, **spacing)[m] for m in METRICS)
+    assert METRICS == ("dice", "iou", "hd95", "dice_strict", "iou_strict", "hd95_strict")
+    assert numbers(some, none) == (1, 1, 0, 0, 0, 13)  # 3, 4, 12: the diagonal is 13
+    assert numbers(none, some) == (0, 0, 0, 0, 0, 13)
+    assert numbers(none, none) == (0, 0, 0, None, None, None)
+    assert numbers(some, some) == (1, 1, 0, 1, 1, 0)
+    assert numbers(some, none, spacing=2) == (1, 1, 0, 0, 0, 26)
+    assert numbers(none, some, spacing=(4, 3, 1 / 12))[5] == pytest.approx(np.sqrt(144 + 144 + 1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_label_map_is_scored_as_its_masks(seed):
+    """With organs at the edge, missing on one side, on the other, on both, and ids beyond the classes."""
+    rng = np.random.default_rng(seed)
+    shape = (5, 20, 17) if seed % 2 else (30, 31)
+    volumes = np.zeros((2, *shape), np.uint8)
+    for volume in volumes:
+        for i in rng.permutation(np.arange(1, 11))[:7]:
+            low = [int(rng.integers(0, n)) for n in shape]
+            volume[tuple(slice(a, a + int(rng.integers(1, n))) for a, n in zip(low, shape))] = i
+    spacing = random_spacing(rng, len(shape))
+    scores = score_labels(*volumes, ORGANS, spacing)
+    assert list(scores) == list(ORGANS)
+    for i, name in enumerate(ORGANS, 1):
+        a, b = volumes == i
+        assert scores[name] == score(a, b, spacing)
+        if a.any() and b.any():
+            assert scores[name]["hd95"] == pytest.approx(medpy.hd95(a, b, voxelspacing=spacing), abs=1e-9)
+            assert scores[name]["dice"] == scores[name]["dice_strict"] == pytest.approx(medpy.dc(a, b), abs=1e-12)
+            assert scores[name]["iou"] == scores[name]["iou_strict"] == pytest.approx(medpy.jc(a, b), abs=1e-12)
+    for volume in volumes:
+        assert label_boxes(volume, 8) == [bounding_box(volume == i) for i in range(1, 9)]
+    assert label_boxes(np.zeros((4, 4), np.uint8), 3) == [None] * 3
+
+
+def test_bad_input_is_named_in_one_line():
+    a, b = np.ones((4, 4, 4), bool), np.ones((4, 4, 5), bool)
+    for call in (dice, iou, hd95, surface_distances, score, lambda p, t: score_labels(p, t, ORGANS)):
+        fails(lambda: call(a, b), "prediction", "(4, 4, 4)", "truth", "(4, 4, 5)", "grid")
+    for spacing in (0, -1, np.nan, np.inf, (1, 2), (1, 2, 0), (1, 2, 3, 4)):
+        for call in (hd95, score, surface_distances, lambda p, t, s: score(p, ~t, s),
+                     lambda p, t, s: score_labels(p.astype(np.uint8), t.astype(np.uint8), ORGANS, s)):
+            fails(lambda: call(a, a, spacing), "spacing", spacing, "3 numbers", "mm")
+    fails(lambda: bootstrap_difference([1, 2], [1]), "2 cases", "1", "same cases")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def real_case(real_data):
+    """Label maps of eight organs [D,256,256] and the spacing along their axes."""
+    sys.path.insert(0, str(real_data))
+    from layout import EIGHT, case
+    lut = np.zeros(14, np.uint8)
+    lut[list(EIGHT)] = list(EIGHT.values())
+
+    def read(name):
+        _, label, spacing = case(name)
+        return lut[label], tuple(spacing[::-1])
+    return read
+
+
+@pytest.mark.parametrize("name", ["0028", "0037"])
+def test_real_organs(real_case, name):
+    """Odd organs shifted, even ones eroded, one dropped; medpy on crops, once on the whole volume."""
+    truth, spacing = real_case(name)
+    prediction = np.zeros_like(truth)
+    for i in range(1, 8):  # the pancreas is not found
+        mask = truth == i
+        prediction[np.roll(mask, (1, 3, -2), (0, 1, 2)) if i % 2 else binary_erosion(mask, iterations=2)] = i
+    for step in (None, spacing):
+        scores = score_labels(prediction, truth, ORGANS, step)
+        diagonal = np.linalg.norm(np.multiply(truth.shape, step or 1))
+        assert list(scores["pancreas"].values()) == [0, 0, 0, 0, 0, pytest.approx(diagonal)]
+        for i, organ in enumerate(ORGANS[:7], 1):
+            crop = tuple(slice(w.min(), w.max() + 1) for w in np.nonzero((prediction == i) | (truth == i)))
+            a, b = prediction[crop] == i, truth[crop] == i
+            assert scores[organ]["hd95"] == pytest.approx(medpy.hd95(a, b, voxelspacing=step), abs=1e-9)
+            assert scores[organ]["dice"] == pytest.approx(medpy.dc(a, b), abs=1e-12)
+    a, b = prediction == 4, truth == 4
+    start = time.perf_counter()
+    whole = medpy.hd95(a, b, voxelspacing=spacing)
+    theirs, start = time.perf_counter() - start, time.perf_counter()
+    assert hd95(a, b, spacing) == pytest.approx(whole, abs=1e-9)
+    assert theirs > 10 * (time.perf_counter() - start)  # measured: 200 times
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_bootstrap_is_repeatable_and_skips_what_is_missing():
+    values = np.random.default_rng(0).normal(size=30).tolist()
+    low, high = bootstrap(values)
+    assert low < np.mean(values) < high and (low, high) == bootstrap(values) == bootstrap(values + [None, None])
+    assert bootstrap(values, seed=1) != (low, high)
+    assert bootstrap([]) is None and bootstrap([None, 0.5]) is None and bootstrap([0.5, 0.5]) == (0.5, 0.5)
+    narrow = bootstrap(values, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    many = np.random.default_rng(1).normal(size=5000)  # more draws than are made at a time
+    low, high = bootstrap(many)
+    assert high - low == pytest.approx(2 * 1.96 * many.std() / np.sqrt(5000), rel=0.1)
+    assert (low + high) / 2 == pytest.approx(many.mean(), abs=0.003)
+
+
+@pytest.mark.parametrize("draw,mean", [(lambda rng: rng.normal(3, 2, 40), 3), (lambda rng: rng.random(40), 0.5),
+                                       (lambda rng: rng.beta(8, 2, 40), 0.8), (lambda rng: rng.random(40) < 0.7, 0.7)])
+def test_bootstrap_covers(draw, mean):
+    """Of 500 intervals 95 % should hold the truth: 469 to 481 expected, less some, as percentile intervals of 40
+    values are a little short."""
+    rng = np.random.default_rng(4)
+    held = sum(low <= mean <= high for low, high in (bootstrap(draw(rng), seed, n=500) for seed in range(500)))
+    assert 455 <= held <= 488
+
+
+def test_a_paired_interval_is_of_the_differences():
+    rng = np.random.default_rng(5)
+    hard = rng.normal(0.7, 0.2, 40)  # the cases differ much, the methods little
+    a, b = (hard + 0.02 + rng.normal(0, 0.01, 40)).tolist(), hard.tolist()
+    low, high = bootstrap_difference(a, b)
+    assert 0 < low < 0.02 < high < 0.04
+    assert bootstrap_difference(b, a)[0] < 0 and bootstrap_difference(a, a) == (0, 0)
+    assert bootstrap_difference(a + [None, 1.0], b + [5.0, None]) == (low, high)
+    assert bootstrap_difference([1.0], [2.0]) is None
+    shared = bootstrap(a)
+    assert high - low < 0.2 * (shared[1] - shared[0])
+
+
+def test_pearson_is_linregress():
+    rng = np.random.default_rng(6)
+    for n in range(3, 40):
+        x, y = rng.normal(size=(2, n)) * 10 ** rng.uniform(-3, 3, (2, 1))
+        truth = linregress(x, y)
+        assert pearson(x, y) == pytest.approx((truth.rvalue, truth.slope, truth.intercept), rel=1e-9, abs=1e-12)
+    assert pearson([0, 1, 2], [5, 3, 1]) == pytest.approx((-1, -2, 5))
+    assert pearson([0, 1, 2], [4, 4, 4]) == (0, 0, 4) and pearson([0, 1], [0, 1]) is None and pearson([], []) is None
+    assert pearson([0.1] * 7, range(7)) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def boxes_of(shape, *boxes):
+    masks = np.zeros((len(boxes), *shape), bool)
+    for mask, (top, left, bottom, right) in zip(masks, boxes):
+        mask[top:bottom, left:right] = True
+    return masks
+
+
+def test_overlap_rate_by_hand():
+    masks = boxes_of((20, 20), (0, 0, 10, 10), (5, 0, 15, 10), (0, 5, 10, 15), (16, 16, 20, 20))
+    # half of the first from below, half from the right, a quarter by both
+    assert overlap_rate(masks).tolist() == [0.75, 0.5, 0.5, 0]
+    assert overlap_rate(masks, ["a", "a", "b", "b"]).tolist() == [0.5, 0.25, 0.5, 0]
+    assert overlap_rate(masks, ["a"] * 4).tolist() == [0, 0, 0, 0]
+    ring = boxes_of((9, 9), (0, 0, 9, 9), (3, 3, 6, 6))  # one inside the other's hole shares no pixel with it
+    ring[0, 1:8, 1:8] = False
+    assert overlap_rate(ring).tolist() == [1 / 9, 1]
+    assert overlap_rate(np.zeros((0, 4, 4), bool)).tolist() == []
+    assert overlap_rate(np.concatenate((masks[:1], masks[:1] & False))).tolist() == [0, 0]
+
+
+def test_overlap_rate_of_random_masks():
+    rng = np.random.default_rng(7)
+    for _ in range(100):
+        masks = rng.random((int(rng.integers(1, 7)), 12, 15)) < rng.choice([0.0, 0.02, 0.1])
+        names = [str(n) for n in rng.integers(0, 3, len(masks))]
+        for groups, rates in ((range(len(masks)), overlap_rate(masks)), (names, overlap_rate(masks, names))):
+            full = np.zeros_like(masks)
+            for box, mask in zip(full, masks):
+                if mask.any():
+                    box[bounding_box(mask)] = True
+            for t, rate in enumerate(rates):
+                others = [full[k] for k in range(len(masks)) if groups[k] != groups[t]]
+                covered = np.any(others, 0) & full[t] if others else full[t] & False
+                assert rate == pytest.approx(covered.sum() / max(1, full[t].sum()))
