@@ -165,7 +165,8 @@ def stats(args):
 def show(splits):
     """Prints the tables."""
     percent = lambda x: "-" if x is None else f"{100 * x:.2f}"
-    head = f"{'images':>8}{'cases':>8}{'targets':>9}{'median area %':>15}{'small':>8}{'box overlap %':>15}{'sharing':>9}"
+    head = (f"{'images':>8}{'cases':>8}{'targets':>9}{'median area %':>15}{'small':>8}"
+            f"{'box overlap %':>15}{'sharing':>9}")
     for split, numbers in splits.items():
         print(f"\n{split:<28}{head}")
         for name, row in {"all": numbers, **numbers["modalities"], **numbers["classes"]}.items():
