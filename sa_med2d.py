@@ -42,6 +42,7 @@ MODALITIES = {"ct_": "ct", "mr_": "mr", "pet_": "pet", "ultrasound_": "ultrasoun
               "endoscopy_": "endoscopy", "dermoscopy_": "dermoscopy", "fundus_photography": "fundus"}
 INVERTED = "ichallenge_adam_task2"  # a known defect: the masks of this source are 0 where they should be 255
 LISTED = 1000  # problems that are named one by one
+CHUNK = 100_000  # images that are looked at together: how little memory building takes
 LEFT_OUT = 0  # the suffix that stands for a mask that could not be used: nobody knows what it shows
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029]")  # in no file name here, so that a message is one line
 MASK = re.compile(r"(?:--(?P<id>\d{1,9})|_(?P<words>[^/]+))_\d+\.(?:png|jpe?g)", re.I)
@@ -290,6 +291,16 @@ def quoted(value):
     return repr(value)[:300]  # one line, whatever it is
 
 
+def first_of_equals(values):
+    """int64 [N]: where each of N values occurs first."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    new = np.append(True, ranked[1:] != ranked[:-1])[:len(values)]
+    first = np.empty_like(order)
+    first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+    return first
+
+
 class Indexer:
     """Reads the JSON files of a data set into packed columns, a row per image."""
 
@@ -372,8 +383,20 @@ class Indexer:
         self.hashes.append(hash(stem))
         self.group.append(self.groups.setdefault((source, modality), len(self.groups)))
         self.case.append(self.cases[case])
-        self.suffix.extend([self.mask(mask, stem) for mask in masks])
+        masks = [self.mask(mask, stem) for mask in masks]
+        if len(set(masks)) < len(masks):
+            masks = self.once(masks, name)
+        self.suffix.extend(masks)
         self.mask_at.append(len(self.suffix))
+
+    def once(self, masks, image):
+        """The numbers of an image's masks, each of them once."""
+        seen, suffixes = set(), list(self.suffixes)
+        for number in masks:
+            if number in seen and number != LEFT_OUT:
+                self.mask_twice(self.path, image, suffixes[number])
+            seen.add(number)
+        return list(dict.fromkeys(masks))
 
     def mask(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
@@ -405,49 +428,49 @@ class Indexer:
         return self.suffixes.setdefault(suffix, len(self.suffixes))
 
     def finish(self):
-        """The columns without what occurs twice -> {name: array}."""
-        name_at, suffix, group, case = (np.array(c) for c in (self.name_at, self.suffix, self.group, self.case))
-        rows = np.arange(len(group))
+        """The columns without what occurs twice -> {name: array}. No copy is made where nothing does."""
+        view = lambda column: np.frombuffer(column, column.typecode)
+        lengths, suffix, group, case = np.diff(view(self.name_at)), view(self.suffix), view(self.group), view(self.case)
         # two of five million names have the same 64 bits by chance once in a million builds
-        _, first, inverse = np.unique(np.array(self.hashes), return_index=True, return_inverse=True)
-        home = first[inverse]  # the first row of the same image
-        keep = home == rows
-        image = np.repeat(rows.astype(np.uint32), np.diff(self.mask_at))  # of each mask
+        counts, home = np.diff(view(self.mask_at)), first_of_equals(view(self.hashes))
+        keep = home == np.arange(len(home))
+        if not keep.all():
+            suffix, counts = self.merge(home, keep, suffix, counts)
+            lengths, group, case, at = lengths[keep], group[keep], case[keep], self.name_at
+            # in parts: millions of slices at once would take more memory than the names
+            self.names = bytearray().join(
+                b"".join([self.names[at[row]:at[row + 1]] for row in rows.tolist()])
+                for rows in np.array_split(np.flatnonzero(keep), 1 + len(keep) // CHUNK))
+        zero, sides = np.zeros(1, np.int64), self.sides(case)
+        return dict(names=np.frombuffer(self.names, np.uint8), name_at=np.concatenate([zero, np.cumsum(lengths)]),
+                    suffix=suffix, mask_at=np.concatenate([zero, np.cumsum(counts)]), group=group,
+                    **{split: np.flatnonzero(sides == n).astype(np.uint32) for n, split in enumerate(SPLITS)})
+
+    def merge(self, home, keep, suffix, counts):
+        """Of rows that are one image the first one takes the masks: of TEST's rows all, elsewhere its own.
+
+        home: the first row of the same image, and keep: is it that row? -> the masks of the kept rows, and how many.
+        """
+        rows = np.arange(len(home))
         for row in rows[~keep & (rows >= self.merged)]:
             self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is taken, "
                          "take out the other")
-        wanted = (keep | (rows < self.merged))[image]
-        image, suffix = home[image[wanted]].astype(np.uint32), suffix[wanted]
+        image = np.repeat(home.astype(np.uint32), counts)  # of each mask
+        wanted = np.repeat(keep | (rows < self.merged), counts)
+        image, suffix = image[wanted], suffix[wanted]
         order = np.argsort(image, kind="stable")
         image, suffix = image[order], suffix[order]
-        once = self.first_masks(image, suffix)
-        image, suffix = image[once], suffix[once]
-        counts = np.bincount(image, minlength=len(rows))[keep]
-        if not keep.all():
-            self.names = b"".join(self.names[self.name_at[row]:self.name_at[row + 1]] for row in rows[keep].tolist())
-        zero = np.zeros(1, np.int64)
-        sides = self.sides(case)[keep]
-        return dict(names=np.frombuffer(self.names, np.uint8),
-                    name_at=np.concatenate([zero, np.cumsum(np.diff(name_at)[keep])]),
-                    suffix=suffix.astype(np.uint32), mask_at=np.concatenate([zero, np.cumsum(counts)]),
-                    group=group[keep].astype(np.uint32),
-                    **{split: np.flatnonzero(sides == n).astype(np.uint32) for n, split in enumerate(SPLITS)})
+        once = first_of_equals(image.astype(np.uint64) << np.uint64(32) | suffix) == np.arange(len(image))
+        suffixes, twice = list(self.suffixes), ~once & (suffix != LEFT_OUT)
+        for row, number in zip(image[twice], suffix[twice]):
+            self.mask_twice(self.root / TEST if row < self.merged else self.path, self.name(row), suffixes[number])
+        return suffix[once], np.bincount(image[once], minlength=len(home))[keep]
+
+    def mask_twice(self, path, image, suffix):
+        self.problem("mask twice", path, f"{quoted(image)} has its mask {quoted(suffix)} twice; take one out")
 
     def name(self, row):
         return self.names[self.name_at[row]:self.name_at[row + 1]].decode()
-
-    def first_masks(self, image, suffix):
-        """bool per mask: not named before among the masks of its image."""
-        pair = image.astype(np.uint64) << np.uint64(32) | suffix
-        _, first = np.unique(pair, return_index=True)
-        once = np.zeros(len(pair), bool)
-        once[first] = True
-        suffixes = list(self.suffixes)
-        for at in np.flatnonzero(~once & (suffix != LEFT_OUT)):
-            row = image[at]
-            self.problem("mask twice", self.root / TEST if row < self.merged else self.path,
-                         f"{quoted(self.name(row))} has its mask {quoted(suffixes[suffix[at]])} twice; take one out")
-        return once
 
     def sides(self, case):
         """case: the number of each row's -> uint8 per row, its place in SPLITS."""
@@ -461,8 +484,10 @@ class Indexer:
 
     def group_classes(self, arrays):
         """-> [[source, modality, sorted classes that its images have a mask of]] of each group."""
-        group = np.repeat(arrays["group"], np.diff(arrays["mask_at"])).astype(np.uint64)
         found = [set() for _ in self.groups]
-        for pair in np.unique(group << np.uint64(32) | arrays["suffix"]).tolist():
-            found[pair >> 32].add(self.targets[pair & 0xffffffff])
+        for at in range(0, len(arrays["group"]), CHUNK):
+            mask_at = arrays["mask_at"][at:at + CHUNK + 1]
+            group = np.repeat(arrays["group"][at:at + CHUNK], np.diff(mask_at)).astype(np.uint64)
+            for pair in np.unique(group << np.uint64(32) | arrays["suffix"][mask_at[0]:mask_at[-1]]).tolist():
+                found[pair >> 32].add(self.targets[pair & 0xffffffff])
         return [[*group, sorted(classes - {None})] for group, classes in zip(self.groups, found)]

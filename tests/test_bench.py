@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+from benches import operators
 import medsegr
 from conftest import ROOT
 from common import InputError
@@ -26,7 +27,7 @@ def one_thread(monkeypatch):
 
 
 def peers():
-    for title, ours, make, compositions, torchvisions, directions in bench.OPERATORS:
+    for title, ours, make, compositions, torchvisions, directions in operators.OPERATORS:
         named = {n: f for n, (f, *_) in compositions.items()} | ({"torchvision": torchvisions} if torchvisions else {})
         for name, f in named.items():
             yield pytest.param(getattr(reference, ours.__name__), make, f, directions[-1], id=f"{title}: {name}")
@@ -39,18 +40,18 @@ def test_peers_equal_the_definition(definition, make, f, wanted, seed):
     M, C, H, W = (int(n) for n in torch.randint(1, 10, (4,)))
     kind = dict(dtype=torch.float64, device="cpu")
     inputs = make(M + 8 * (seed % 2), C, H, W, k=(1, 3, 5, 7, 3)[seed], **kind)
-    truth = bench.call(definition, inputs, (), None)()
-    torch.testing.assert_close(bench.call(f, inputs, (), None)(), truth)
+    truth = operators.call(definition, inputs, (), None)()
+    torch.testing.assert_close(operators.call(f, inputs, (), None)(), truth)
     up = torch.randn(truth[0].shape, **kind)
-    torch.testing.assert_close(bench.call(f, inputs, wanted, up)(), bench.call(definition, inputs, wanted, up)())
+    torch.testing.assert_close(operators.call(f, inputs, wanted, up)(), operators.call(definition, inputs, wanted, up)())
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch):
-    title, ours, make, compositions, *rest = bench.OPERATORS[0]
+    title, ours, make, compositions, *rest = operators.OPERATORS[0]
     wrong = {"half": (lambda x, weight, gate, index: 0.5 * reference.dynamic_conv2d(x, weight, gate, index), 4, 8)}
-    monkeypatch.setattr(bench, "OPERATORS", [(title, ours, make, wrong, *rest)])
+    monkeypatch.setattr(operators, "OPERATORS", [(title, ours, make, wrong, *rest)])
     with pytest.raises(RuntimeError, match="half is wrong"):
-        bench.check(torch.device("cpu"), torch.float32)
+        operators.check(torch.device("cpu"), torch.float32)
 
 
 def script(*args):
@@ -79,10 +80,10 @@ def test_ops_in_a_process_of_its_own(tmp_path):
 
 def test_what_would_take_too_much_is_left_out(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "ops", "--quick", "--device", "cpu", "--repeats", "1"])
-    monkeypatch.setattr(bench, "MEMORY", 20_000)
-    args, (_, ours, make, compositions, peer, _) = bench.parse(), bench.OPERATORS[-1]
+    monkeypatch.setattr(operators, "MEMORY", 20_000)
+    args, (_, ours, make, compositions, peer, _) = bench.parse(), operators.OPERATORS[-1]
     inputs = make(2, 4, 5, 5, dtype=torch.float32, device="cpu")  # 800 bytes
-    row = bench.bench_shape(ours, inputs, compositions, peer, ("x",), {"torchvision": 1.0}, args)
+    row = operators.bench_shape(ours, inputs, compositions, peer, ("x",), {"torchvision": 1.0}, args)
     assert "GiB" in row["left_out"].pop("gather") and "200.0 s" in row["left_out"].pop("torchvision")
     assert not row["left_out"] and row["torchvision_ratio"] is None
 
@@ -99,7 +100,39 @@ def test_model(tmp_path, monkeypatch, capsys):
         assert row["ratio"] > 0 and row["difference"] < 1e-3 * row["largest"]
 
 
+PEER = """
+import json
+import numpy as np
+from PIL import Image
+
+class TrainingDataset:
+    def __init__(self, folder, image_size, mask_num, requires_name):
+        self.pairs = list(json.load(open(f"{folder}/image2label_train.json")).items())
+        assert image_size == 64 and not requires_name
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        image, masks = self.pairs[i]
+        assert np.asarray(Image.open(image)).shape == (256, 256, 3)
+        return [np.asarray(Image.open(mask)).max() == 255 for mask in masks]
+"""
+
+
+def test_data_beside_a_peer(tmp_path):
+    (tmp_path / "DataLoader.py").write_text(PEER)
+    run = script("data", "demo", "--images", 3, "--image-size", 64, "--quick", "--repeats", 1, "--peer", tmp_path,
+                 "--json", tmp_path / "data.json")
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "data.json").read_text())["demo"]
+    assert {"one process", "1 worker", "2 workers"} <= record.keys() and "ratio" in run.stdout
+    for rates in record.values():
+        assert rates.keys() == {"ours", "ours, varied", "SAM-Med2D's"} and min(rates.values()) > 0
+
+
 @pytest.mark.parametrize("flags,named", [
+    (["data", "--peer", "nowhere"], "--peer nowhere"), (["data", "moon"], "moon"),
     (["ops", "--grids", "0"], "--grids: 0"), (["ops", "--dtype", "fp8"], "--dtype"), (["speed"], "speed"),
     (["model", "--grids", "4"], "--grids"), (["ops", "--json", "/proc/x/y.json"], "/proc/x"), ([], "command"),
     pytest.param(["ops", "--device", "cuda"], "--device cuda",

@@ -279,7 +279,8 @@ def test_a_step_with_compiled_operators_equals_one_with_their_definitions(offset
     assert ops.compiled("cpu")
     model = small(offset_grid=offset_grid).train()
     perturb(model)
-    features, generator = torch.randn(3, 256, 16, 16), torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(3, 256, 16, 16, generator=generator)
     masks = torch.rand(5, 64, 64, generator=generator) < 0.3
     found = []
     for scope in (contextlib.nullcontext, ops.reference_only):
@@ -293,7 +294,7 @@ def test_a_step_with_compiled_operators_equals_one_with_their_definitions(offset
     torch.testing.assert_close(loss, loss_, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits, logits_, rtol=1e-3, atol=1e-3)
     for name, gradient in gradients_.items():
-        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+        assert (gradients[name] - gradient).norm() <= 3e-3 * gradient.norm() + 1e-6, name  # 7e-4 is seen
 
 
 def test_text_steers_only_its_own_target():

@@ -1,0 +1,53 @@
+"""Times of what takes turns."""
+import statistics
+import time
+
+import torch
+
+
+def timed(f, device, n=1):
+    """Seconds per call of n calls."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+    started = time.perf_counter()
+    for _ in range(n):
+        f()
+    if device.type == "cuda":
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / n
+    return (time.perf_counter() - started) / n
+
+
+def measure(calls, args, rivals=(), slow=3):
+    """{name: function} -> {name: dict(ms, min_ms, max_ms, samples[, peak_mb])}, {name: why there is none}.
+
+    A first round warms up and sorts out: what takes over `slow` seconds keeps its one time, and of the rivals only
+    those near the fastest go on. The rest takes turns of a millisecond or more, 3 times or more, for most of a second.
+    """
+    device, times, failed, peak = torch.device(args.device), {}, {}, {}
+    for name, f in calls.items():
+        try:
+            if device.type == "cuda":
+                held = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            times[name] = [timed(f, device)]
+            if device.type == "cuda":
+                peak[name] = dict(peak_mb=(torch.cuda.max_memory_allocated() - held) / 2 ** 20)
+            if times[name][0] < 1:
+                times[name] = [timed(f, device, max(1, int(5e-3 / times[name][0])))]
+        except RuntimeError as e:  # no kernel for this dtype, or out of memory
+            if name == "ours":
+                raise
+            failed[name] = " ".join(str(e).split())[:100]
+    limit = dict.fromkeys(rivals, 1.5 * min((times[n][0] for n in rivals if n in times), default=0))
+    turns = {n: max(1, int(1e-3 / t[0])) for n, t in times.items() if t[0] <= min(slow, limit.get(n, slow))}
+    lap = sum(times[name][0] * n for name, n in turns.items())
+    samples = {name: [] for name in turns}
+    for _ in range(min(args.repeats, max(3, int((0.2 if args.quick else 0.7) / max(lap, 1e-9))))):
+        for name, n in turns.items():
+            samples[name].append(timed(calls[name], device, n))
+    return {name: dict(ms=1000 * statistics.median(t), min_ms=1000 * min(t), max_ms=1000 * max(t), samples=len(t),
+                       **peak.get(name, {})) for name, t in (times | samples).items()}, failed
