@@ -4,6 +4,7 @@
     python bench.py ops --quick         few shapes, for a first look
     python bench.py ops --device cuda --dtype bfloat16 --json ops.json
     python bench.py model               a training step and a decode, operators compiled against reference
+    python bench.py train --peer DIR    training steps: cached, not cached, the naive way, and a clone of SAM-Med2D's
     python bench.py data demo synapse=DIR --peer DIR      loading, against a clone of SAM-Med2D
     python bench.py index               the index of SA-Med2D-20M against Python's lists, on a generated JSON file
 
@@ -28,6 +29,7 @@ from common import InputError, Parser, make_folder, run, write_atomically
 COMMANDS = {
     "ops": ("operators.bench_ops", "both operators against plain PyTorch, torchvision, and a copy of their output"),
     "model": ("training.bench_model", "a training step and a decode, with the compiled operators and the reference"),
+    "train": ("training.bench_train", "a training step against the naive way, and SAM-Med2D's"),
     "data": ("loading.bench_data", "loading images, one process and several workers"),
     "index": ("index.bench_index", "the index of SA-Med2D-20M against Python's lists, on a generated JSON file"),
 }
@@ -36,6 +38,9 @@ FLAGS = dict(
          "--targets": dict(nargs="+", help="M (default: 1 8 96, with --quick 1 8)"),
          "--channels": dict(default=256)},
     model={"--feature-grid": dict(default=32, help="H = W")},
+    train={"--backbones": dict(type=str, nargs="+", default=["lite_medsam", "vit_b"]), "--batch-size": dict(default=4),
+           "--targets": dict(default=4, help="per image"),
+           "--peer": dict(type=str, help="a clone of github.com/OpenGVLab/SAM-Med2D, with what it needs installed")},
     data={"sets": dict(type=str, nargs="*", default=["demo"], help="data sets, as demo or kvasir=DIR"),
           "--image-size": dict(default=256), "--images": dict(default=256, help="of each data set"),
           "--peer": dict(type=str, help="a clone of github.com/OpenGVLab/SAM-Med2D; its loader needs opencv-python, "
@@ -43,7 +48,7 @@ FLAGS = dict(
     index={"--images": dict(default=100_000, help="SA-Med2D-20M has 4,600,000"),
            "--folder": dict(type=str, help="for a folder of its own that is removed again (default: /tmp)"),
            "--naive-up-to": dict(default=1_000_000, help="images; lists of more are not tried: 4,600,000 take 10 GB")})
-ON_DEVICE = ("ops", "model")
+ON_DEVICE = ("ops", "model", "train")
 
 
 def at_least_1(text):

@@ -60,7 +60,7 @@ class FeatureCache:
         try:
             if path.stat().st_mtime < self.start:
                 os.utime(path)  # used by this process, so it stays
-            return np.load(path, allow_pickle=False)
+            return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):  # not there, or damaged: encode again
             return None
 

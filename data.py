@@ -1,4 +1,4 @@
-"""Data: samples on the model's grid, their variations, the prompts cut from masks, the clinical texts, and batches.
+"""Data: samples on the model's grid, their variations, the prompts cut from masks, and the clinical texts.
 
     python data.py stats --dataset kvasir --data DIR         counts, sizes, and everything that is wrong with the files
     python data.py prepare synapse RAW --out data/synapse    the challenge's NIfTI volumes to the slices that we read
@@ -241,20 +241,6 @@ def point_prompt(mask, n, rng):
     return np.stack([xs[pick], ys[pick]], 1).astype(np.float32), np.ones(n, np.int64)
 
 
-def correction_points(prediction, mask, n, rng):
-    """Where a user would click next: n random pixels of the error, (x, y) and 1 for a missed pixel, 0 for a false one.
-
-    prediction, mask bool [S, S] -> (float32 [n, 2], int64 [n]). SAM-Med2D's simulation of interaction. Where nothing is
-    wrong, pixels of the mask again. ValueError if both are empty.
-    """
-    wrong = prediction ^ mask
-    ys, xs = np.nonzero(wrong if wrong.any() else mask)
-    if not len(ys):
-        raise ValueError("an empty mask without a false pixel has no point")
-    pick = rng.choice(len(ys), n, replace=n > len(ys))
-    return np.stack([xs[pick], ys[pick]], 1).astype(np.float32), mask[ys[pick], xs[pick]].astype(np.int64)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
@@ -347,78 +333,6 @@ def read_image_texts(path):
             raise InputError(f"{where}: {name[1]} of {name[0]} for the second time; keep one of the lines")
         found[name] = texts
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-@dataclass
-class Batch:
-    images: torch.Tensor  # uint8 [B, 3, S, S], RGB
-    index: torch.Tensor  # int64 [M]: the image of each target
-    masks: torch.Tensor  # bool [M, S, S]
-    texts: list  # M dicts of position, texture, shape
-    targets: list  # M class names
-    points: tuple | None = None  # (float32 [M, N, 2] (x, y), int64 [M, N])
-    boxes: torch.Tensor | None = None  # float32 [M, 4]
-
-    def to(self, device):
-        """The Batch with the tensors that a decoder reads on `device`; images stay."""
-        move = lambda x: None if x is None else x.to(device)
-        return replace(self, index=move(self.index), masks=move(self.masks), boxes=move(self.boxes),
-                       points=self.points and tuple(map(move, self.points)))
-
-
-def draw_targets(sample, rng, max_targets, absent):
-    """-> up to max_targets distinct (class, mask or None); each is an absent class with probability `absent`."""
-    there, gone = rng.permutation(np.flatnonzero(sample.masks.any((1, 2)))), rng.permutation(len(sample.absent))
-    there, gone, drawn = list(there), list(gone), []
-    for _ in range(max_targets):
-        if gone and rng.random() < absent:
-            drawn.append((sample.absent[gone.pop()], None))
-        elif there:
-            t = there.pop()
-            drawn.append((sample.targets[t], sample.masks[t]))
-    return drawn
-
-
-def make_batch(samples, texts, rng, max_targets=4, absent=0.25):
-    """Samples -> Batch of targets, drawn per image, with texts in random wordings and no prompts yet.
-
-    absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. M can be 0
-    where there is nothing to draw.
-    """
-    size = samples[0].masks.shape[-1]
-    index, masks, targets, words = [], [], [], []
-    for b, sample in enumerate(samples):
-        for target, mask in draw_targets(sample, rng, max_targets, absent):
-            index, targets = index + [b], targets + [target]
-            masks.append(np.zeros((size, size), bool) if mask is None else mask)
-            words.append(texts(target, sample.modality, sample, rng))
-    return Batch(images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
-                 index=torch.tensor(index, dtype=torch.int64),
-                 masks=torch.from_numpy(np.array(masks, bool).reshape(-1, size, size)), texts=words, targets=targets)
-
-
-def add_prompts(batch, prompt, rng, points=1, noise=True):
-    """The Batch with a prompt per target: none, point or box. noise: of the boxes.
-
-    A box or a point needs something to lie on: targets with an empty mask are left out, so M may become 0.
-    """
-    if prompt not in PROMPTS:
-        raise InputError(f"--prompt {prompt}: unknown; known are {', '.join(PROMPTS)}")
-    if prompt == "none":
-        return batch
-    keep = batch.masks.any((1, 2)).nonzero()[:, 0]
-    batch = replace(batch, index=batch.index[keep], masks=batch.masks[keep],
-                    texts=[batch.texts[m] for m in keep], targets=[batch.targets[m] for m in keep])
-    masks = batch.masks.numpy()
-    if prompt == "box":
-        boxes = [box_prompt(mask, rng if noise else None) for mask in masks]
-        return replace(batch, boxes=torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)))
-    pairs = [point_prompt(mask, points, rng) for mask in masks]
-    places = torch.from_numpy(np.array([xy for xy, _ in pairs], np.float32).reshape(-1, points, 2))
-    return replace(batch, points=(places, torch.ones((len(pairs), points), dtype=torch.int64)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

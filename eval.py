@@ -271,14 +271,14 @@ def main():
 def add_runtime_flags(parser):
     """The flags that train.py and eval.py share."""
     precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    parser.add_argument("--precision", default=precision, help="float32 or bfloat16 (autocast)")
+    parser.add_argument("--precision", default=precision, help="float32, bfloat16 or float16 (autocast)")
     parser.add_argument("--cache", default="cache", help="folder for image features; none: keep none")
     parser.add_argument("--cache-gb", type=float, default=20.0, help="size limit of that folder")
 
 
 def check_runtime_flags(args):
-    if args.precision not in ("float32", "bfloat16"):
-        raise InputError(f"--precision {args.precision}: choose float32 or bfloat16")
+    if args.precision not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--precision {args.precision}: choose float32, bfloat16 or float16")
     args.cache = None if args.cache == "none" else args.cache
 
 

@@ -256,6 +256,28 @@ def vit_attention(self, x):
     return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
 
+class LoRA(nn.Module):
+    """W -> W + B A: a trained update of low rank of a frozen weight [out,in], zero at the start (Hu et al. 2021)."""
+
+    def __init__(self, W, rank):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(rank, W.shape[1]) / W.shape[1] ** 0.5)
+        self.B = nn.Parameter(W.new_zeros(W.shape[0], rank))
+
+    def forward(self, W):
+        return W + self.B @ self.A
+
+
+def tune(encoder, how, rank):
+    """Makes parts of an image encoder trainable: "all" of it, or "lora", an update of every attention's qkv."""
+    if how == "all":
+        encoder.requires_grad_(True)
+    if how == "lora":
+        for module in list(encoder.modules()):
+            if isinstance(getattr(module, "qkv", None), nn.Linear):
+                nn.utils.parametrize.register_parametrization(module.qkv, "weight", LoRA(module.qkv.weight, rank))
+
+
 class TextEncoder(nn.Module):
     """A frozen text tower of open_clip that returns its tokens, T_a of equation 1.
 
@@ -487,6 +509,7 @@ class MedSegR(nn.Module):
         self.sam, self.sam_hash = build_sam(c)
         self.clip = self.perceptual = self.cognitive = self.refine = self.gate = None
         self.tokens = {}  # text -> (tokens [L,d], valid [L]): each wording is encoded once per run
+        tune(self.sam.image_encoder, c.tune_encoder, c.lora_rank)
         if c.active_priors or "sem" in c.active_branches:
             self.clip = TextEncoder(c.clip)
             L, d = self.clip.context, self.clip.width
@@ -526,9 +549,9 @@ class MedSegR(nn.Module):
         return (f"backbone {self.config.backbone} ({weights}) at {self.config.image_size} px, text encoder {text}, "
                 f"{trained:.2f} M parameters trained, {frozen:.2f} M frozen")
 
-    @torch.no_grad()
     def encode_image(self, images):
-        """Images [B,3,S,S], RGB, 0 to 255 (uint8 or float) -> features F_SAM [B,256,H,W]. Frozen, so cacheable."""
+        """Images [B,3,S,S], RGB, 0 to 255 (uint8 or float) -> features F_SAM [B,256,H,W]. Frozen, so cacheable, unless
+        tune_encoder says otherwise."""
         S = self.config.image_size
         if images.shape[1:] != (3, S, S):
             raise ModelError(f"images must be [B,3,{S},{S}], not {list(images.shape)}")
@@ -540,8 +563,9 @@ class MedSegR(nn.Module):
             low, high = x.amin((1, 2, 3), True), x.amax((1, 2, 3), True)
             x = (x - low) / (high - low).clamp(min=1e-8)
         encoder, grid = self.sam.image_encoder, self.config.feature_grid
-        features = tiny_vit(encoder, x) if self.config.backbone == "lite_medsam" else encoder(x)
-        return features if features.shape[-1] == grid else F.adaptive_avg_pool2d(features, grid)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.tune_encoder != "none"):
+            features = tiny_vit(encoder, x) if self.config.backbone == "lite_medsam" else encoder(x)
+            return features if features.shape[-1] == grid else F.adaptive_avg_pool2d(features, grid)
 
     def features_key(self):
         """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
@@ -549,7 +573,8 @@ class MedSegR(nn.Module):
         code = [inspect.getsource(f) for f in (
             MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, resize_vit,
             vit_attention)]
-        parts = [self.sam_hash, c.backbone, c.image_size, c.normalize, c.feature_grid, *map(version, packages), *code]
+        tuned = {n: p for n, p in self.trained().items() if n.startswith("sam.image_encoder.")}
+        parts = [self.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize, c.feature_grid, *map(version, packages), *code]
         return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
     def encode_attributes(self, texts):
@@ -575,27 +600,36 @@ class MedSegR(nn.Module):
         index = torch.tensor([row[t] for t in triples], dtype=torch.int64, device=self.device)
         return Priors(*heads, T_attr).take(index)
 
-    def decode(self, features, image_index, priors, points=None, boxes=None, explain=False):
+    def decode(self, features, image_index, priors, points=None, boxes=None, masks=None, explain=False):
         """Features [B,C,H,W], image_index int64 [M], Priors of M targets -> mask logits [M,4H,4W], predicted IoU [M].
 
         points: (coordinates float [M,N,2], labels int [M,N]), (x, y) in pixels of the S x S image, label 1 inside, 0
-        outside, -1 padding; boxes: float [M,4], x0 y0 x1 y1; both None: no prompt. With explain=True also a dict of
-        what the steps did: F_fused and F_sem [M,C,H,W], gate [M,branches,H,W].
+        outside, -1 padding; boxes: float [M,4], x0 y0 x1 y1; masks: float [M,4H,4W], the logits of an earlier answer;
+        all None: no prompt. With explain=True also a dict of what the steps did: F_fused and F_sem [M,C,H,W], gate
+        [M,branches,H,W].
         """
-        PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
+        x, steps = self.steer(features, image_index, priors)
+        out = self.ask(x, points, boxes, masks)
+        return (*out, steps) if explain else out
+
+    def steer(self, features, image_index, priors):
+        """The text's part of decode -> the features that SAM's decoder sees, [M,C,H,W], and the dict of `explain`."""
         F_SAM = features[image_index]
         F_fused = modulate(features, image_index, priors) if self.perceptual else F_SAM
+        PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
         F_sem = self.refine(F_fused, priors.T_attr, PE) if self.refine else None
         branches = [dict(fused=F_fused, sem=F_sem, sam=F_SAM)[b] for b in self.config.active_branches]
         x, weights = self.gate(branches) if self.gate else (branches[0], None)
-        out = self._sam_decode(x, PE, points, boxes)
-        return (*out, dict(F_fused=F_fused, F_sem=F_sem, gate=weights)) if explain else out
+        return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights)
 
-    def _sam_decode(self, x, PE, points, boxes):
-        """SAM's prompt encoder and mask decoder with an image embedding per target, [M,C,H,W]; SAM's own forward would
-        pair every image with every prompt. Only the first mask, SAM's answer to multimask_output=False, is computed."""
-        sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        decoder, M = self.sam.mask_decoder, len(x)
+    def ask(self, x, points=None, boxes=None, masks=None):
+        """SAM's part of decode: its prompt encoder and mask decoder with an image embedding per target, [M,C,H,W]; SAM's
+        own forward would pair every image with every prompt. Only the first mask, SAM's answer to
+        multimask_output=False, is computed."""
+        PE, decoder, M = self.sam.prompt_encoder.get_dense_pe(), self.sam.mask_decoder, len(x)
+        if masks is not None:
+            masks = masks[:, None]
+        sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([tokens.expand(M, -1, -1), sparse.expand(M, -1, -1)], dim=1)
         hs, src = decoder.transformer(x + dense, PE.expand(M, -1, -1, -1), tokens)

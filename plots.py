@@ -72,3 +72,26 @@ def examples(rows, path, title):
     legend(figure, palette)
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
+
+
+def curves(rows, path, title):
+    """rows of log.csv as record.read_log gives them -> a PNG: the loss and its parts, validation Dice, rate."""
+    trained, checked = [r for r in rows if "loss" in r], [r for r in rows if "val_dice" in r]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+    steps = [r["step"] for r in trained]
+    for name, style, colour in (("loss", "-", "black"), ("focal", ":", COLOURS[5]), ("dice", "--", COLOURS[4]),
+                                ("iou", "-.", COLOURS[2])):
+        factor, label = (20, "20 × focal") if name == "focal" else (1, name)
+        left.plot(steps, [factor * r[name] for r in trained], style, color=colour, label=label, linewidth=1.2)
+    left.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    middle.plot([r["step"] for r in checked], [r["val_dice"] for r in checked], "o-", color=COLOURS[4], markersize=3)
+    middle.set(xlabel="step", ylabel="validation Dice, pixels pooled", ylim=(0, 1))
+    right.plot(steps, [r["lr"] for r in trained], color="black")
+    right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    for axis in (left, middle, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)

@@ -1,17 +1,15 @@
 """bench.py index: the index of SA-Med2D-20M against Python's lists."""
 import json
 import pickle
-import re
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benches.timing import in_a_process, memory
 from common import InputError, make_folder
 from sa_med2d import CLASS_IDS, ORIGINAL, SAMed2D
 
@@ -68,22 +66,6 @@ def write_data_set(root, n):
                 f.write(("," if row else "{") + f'\n"images/{stem}.png": [\n' + ",\n".join(masks) + "\n]")
         f.write("\n}\n")
     return int(counts.sum())
-
-
-def in_a_process(f, *args):
-    """f(*args) in a fresh process, so that its memory is its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(f, *args).result()
-
-
-def memory():
-    """MB of this process: now and at most; of the pages in memory, those no other process has, and those of them that
-    cannot be dropped and read again from a file."""
-    kb = {k: int(v) for path in ("status", "smaps_rollup")
-          for k, v in re.findall(r"^(\w+):\s*(\d+) kB", Path(f"/proc/self/{path}").read_text(), re.MULTILINE)}
-    return dict(rss=kb["Rss"] / 1e3, private=(kb["Private_Clean"] + kb["Private_Dirty"]) / 1e3,
-                dirty=kb["Private_Dirty"] / 1e3,
-                peak=kb["VmHWM"] / 1e3)  # getrusage's ru_maxrss would begin at that of the parent process
 
 
 def build_index(root):

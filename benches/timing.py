@@ -1,6 +1,10 @@
-"""Times of what takes turns."""
+"""Times of what takes turns, and the memory of what has a process of its own."""
+import re
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
@@ -51,3 +55,19 @@ def measure(calls, args, rivals=(), slow=3):
             samples[name].append(timed(calls[name], device, n))
     return {name: dict(ms=1000 * statistics.median(t), min_ms=1000 * min(t), max_ms=1000 * max(t), samples=len(t),
                        **peak.get(name, {})) for name, t in (times | samples).items()}, failed
+
+
+def in_a_process(f, *args):
+    """f(*args) in a fresh process, so that its memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
+def memory():
+    """MB of this process: now and at most; of the pages in memory, those no other process has, and those of them that
+    cannot be dropped and read again from a file."""
+    kb = {k: int(v) for path in ("status", "smaps_rollup")
+          for k, v in re.findall(r"^(\w+):\s*(\d+) kB", Path(f"/proc/self/{path}").read_text(), re.MULTILINE)}
+    return dict(rss=kb["Rss"] / 1e3, private=(kb["Private_Clean"] + kb["Private_Dirty"]) / 1e3,
+                dirty=kb["Private_Dirty"] / 1e3,
+                peak=kb["VmHWM"] / 1e3)  # getrusage's ru_maxrss would begin at that of the parent process

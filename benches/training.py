@@ -1,15 +1,24 @@
-"""bench.py model: a training step and a decode, with the compiled operators and with ops/reference.py."""
+"""bench.py model: a training step and a decode, with the compiled operators and with ops/reference.py.
+bench.py train: a training step on cached features, without a cache, the naive way, and SAM-Med2D's."""
+import json
+import statistics
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import medsegr
 import ops
-from benches.timing import measure
+from batches import Batch
+from benches.timing import in_a_process, measure, memory
+from common import InputError
 from data import Texts
 from eval import autocast
 from readers import ORGANS
-from train import segmentation_loss
+from train import Objective, segmentation_loss
 
 
 def bench_model(args):
@@ -55,3 +64,163 @@ def bench_model(args):
               f"{row['difference']:>20.1e}{row['largest']:>10.3g}", flush=True)
         record[name] = row
     return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py train
+
+def bench_train(args):
+    """images a second and memory of training steps; each in a process of its own, one after the other"""
+    record = {}
+    for backbone in args.backbones:
+        print(f"\n{backbone}, {args.batch_size} images with {args.targets} targets each\n"
+              f"{'':<44}{'s a step':>10}{'images/s':>10}{'ratio':>8}{'memory, MB':>12}")
+        rows = {"cached features": {}, "encoded in every step": dict(cached=False),
+                "naive: each target encoded, SAM's attention": dict(cached=False, naive=True)}
+        rows = {name: in_a_process(steps, vars(args) | dict(backbone=backbone), kind) for name, kind in rows.items()}
+        record[backbone] = show_steps(rows, "naive: each target encoded, SAM's attention", args)
+    if args.peer:
+        size = 256
+        print(f"\nvit_b at {size} x {size}, {args.batch_size} images with {args.targets} targets each, nine rounds of "
+              f"prompts\n{'':<44}{'s a step':>10}{'images/s':>10}{'ratio':>8}{'memory, MB':>12}")
+        settings = vars(args) | dict(backbone="vit_b")
+        rows = {"cached features": in_a_process(steps, settings, dict(size=size, rounds=9)),
+                "cached features, one round": in_a_process(steps, settings, dict(size=size)),
+                "encoded in every step": in_a_process(steps, settings, dict(size=size, rounds=9, cached=False)),
+                "SAM-Med2D": peer_steps(args, size)}
+        record["SAM-Med2D"] = show_steps(rows, "SAM-Med2D", args)
+    return record
+
+
+def show_steps(rows, peer, args):
+    """Prints the rows of a table; the ratios are the peer's time over each row's -> the rows with both."""
+    for name, row in rows.items():
+        row["images_per_s"], row["ratio"] = args.batch_size / row["s"], rows[peer]["s"] / row["s"]
+        print(f"{name:<44}{row['s']:>10.3f}{row['images_per_s']:>10.2f}{row['ratio']:>8.2f}{row['peak_mb']:>12.0f}")
+    return rows
+
+
+def steps(settings, kind):
+    """Trains on random images of random structures -> median seconds of a step, peak memory (a GPU's, or resident)."""
+    size, rounds, cached, naive = (kind.get(k, default) for k, default in (
+        ("size", None), ("rounds", 1), ("cached", True), ("naive", False)))
+    device, B, T = torch.device(settings["device"]), settings["batch_size"], settings["targets"]
+    torch.manual_seed(0)
+    weights = None if settings["backbone"] == "lite_medsam" else "random"  # as fast as SAM's
+    model = medsegr.MedSegR(medsegr.Config(settings["backbone"], weights, image_size=size)).to(device)
+    if naive:
+        own_attention(model.sam.image_encoder)
+    S, texts = model.config.image_size, [Texts("demo")(name, "ct") for name in ORGANS]
+    index = torch.arange(B * T) // T
+    boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]]).repeat(B * T, 1) * S
+    batch = Batch(torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8), index, torch.zeros(B * T, S, S).bool(),
+                  [texts[m % len(texts)] for m in range(B * T)], [], boxes=boxes,
+                  clicks=torch.rand(B * T, 8, 9)).to(device)
+    batch.masks[:, int(0.3 * S):int(0.7 * S), int(0.2 * S):int(0.6 * S)] = True
+    if naive:
+        batch.images, batch.index = batch.images[batch.index], torch.arange(B * T, device=device)
+    objective = Objective(model, (20.0, 1.0, 1.0))
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
+    clicks = [(1, 3, 5, 9, 3, 0, 5, 0)[n] for n in range(rounds - 1)]
+
+    def step():
+        with autocast(device, settings["dtype"]):
+            features = torch.cat([model.encode_image(batch.images[n:n + part]) for n in range(0, len(batch.images), part)])
+            return run(features)
+
+    def run(features):
+        with autocast(device, settings["dtype"]):
+            loss, _ = objective(batch, features, B * T, clicks)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+
+    part = 1 if device.type == "cpu" else 16  # as cache.py encodes
+    if cached:
+        stored = torch.cat([model.encode_image(batch.images[n:n + 1]) for n in range(B)]).half()
+        step = lambda: run(stored.float())
+    return timed_steps(step, settings["repeats"], settings["quick"], device)
+
+
+def timed_steps(step, repeats, quick, device=torch.device("cpu")):
+    step()
+    times = []
+    for _ in range(min(repeats, 2 if quick else 7)):
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else memory()["peak"]
+    return dict(s=statistics.median(times), min_s=min(times), max_s=max(times), samples=len(times), peak_mb=peak)
+
+
+def own_attention(encoder):
+    """The packages' own attention in place of ours."""
+    for module in encoder.modules():
+        if module.__dict__.get("forward"):
+            del module.forward
+
+
+# run in the folder of SAM-Med2D, whose modules have names that ours have too
+PEER = """
+import json, statistics, sys, time, types
+from argparse import Namespace
+apex = types.ModuleType("apex")
+apex.amp = None
+sys.modules["apex"] = apex  # needed for mixed precision alone
+import torch
+import train
+
+class Quiet(list):
+    def set_postfix(self, **kwargs):
+        pass
+
+train.tqdm = Quiet
+settings = json.loads(sys.argv[1])
+B, T, S = settings["batch_size"], settings["targets"], settings["size"]
+torch.manual_seed(0)
+args = Namespace(image_size=S, sam_checkpoint=None, encoder_adapter=True, device=settings["device"], mask_num=T,
+                 use_amp=False, multimask=True, metrics=["iou", "dice"], iter_point=8, point_list=[1, 3, 5, 9],
+                 work_dir=".", run_name="")
+model = train.sam_model_registry["vit_b"](args).to(args.device)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+label = torch.zeros(B, T, 1, S, S)
+label[..., int(0.3 * S):int(0.7 * S), int(0.2 * S):int(0.6 * S)] = 1
+
+def batch():
+    return dict(image=torch.randn(B, 1, 3, S, S), label=label.clone(),
+                boxes=torch.tensor([0.2, 0.3, 0.6, 0.7]).repeat(B, T, 1, 1) * S,
+                point_coords=torch.full((B, T, 1, 2), 0.45 * S), point_labels=torch.ones(B, T, 1, dtype=torch.int))
+
+times = []
+for _ in range(1 + min(settings["repeats"], 2 if settings["quick"] else 7)):
+    loader = [batch()]
+    started = time.perf_counter()
+    train.train_one_epoch(args, model, optimizer, loader, 0, train.FocalDiceloss_IoULoss())
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - started)
+status = open("/proc/self/status").read()
+peak = torch.cuda.max_memory_allocated() / 1e6 if args.device == "cuda" else int(
+    status.split("VmHWM:")[1].split()[0]) / 1e3
+times = times[1:]
+print("RESULT", json.dumps(dict(s=statistics.median(times), min_s=min(times), max_s=max(times), samples=len(times),
+                                peak_mb=peak)))
+"""
+
+
+def peer_steps(args, size):
+    """SAM-Med2D's own train_one_epoch on one batch, with its adapters and its nine optimiser steps."""
+    if not (Path(args.peer) / "DataLoader.py").is_file():
+        raise InputError(f"--peer {args.peer}: holds no DataLoader.py; clone github.com/OpenGVLab/SAM-Med2D there")
+    settings = {k: getattr(args, k) for k in ("batch_size", "targets", "device", "repeats", "quick")} | dict(size=size)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEER, json.dumps(settings)], cwd=args.peer, text=True,
+                          capture_output=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        why = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"--peer {args.peer}: its training step failed ({why}); it needs opencv-python-headless, "
+                         "albumentations and scikit-image")
+    return json.loads(lines[0].removeprefix("RESULT "))

@@ -12,8 +12,9 @@ import torch
 import common
 import data
 from conftest import ROOT, fails
-from data import (ATTRIBUTES, Texts, add_prompts, box_prompt, correction_points, make_batch, make_sample, open_dataset,
-                  point_prompt, prompt_rng, to_original, vary)
+from batches import add_prompts, make_batch
+from data import (ATTRIBUTES, Texts, box_prompt, make_sample, open_dataset, point_prompt, prompt_rng, to_original,
+                  vary)
 from readers import ORGANS, Picture
 from sa_med2d import SAMed2D
 
@@ -114,22 +115,6 @@ def test_prompt_rng():
            "print(data.prompt_rng('a', 'liver', 1).integers(2 ** 60))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(other.stdout) == draw("a", "liver", 1)  # another process, another hash seed
-
-
-def test_correction_points():
-    """A click lands on an error, positive where something was missed; with nothing wrong, on the mask."""
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        mask, n = random_mask(rng), int(rng.integers(1, 9))
-        prediction = mask ^ (rng.random(mask.shape) < rng.choice([0, 0.02, 0.5]))
-        points, labels = correction_points(prediction, mask, n, rng)
-        assert points.shape == (n, 2) and points.dtype == np.float32 and labels.dtype == np.int64
-        wrong = prediction ^ mask
-        for (x, y), label in zip(points.astype(int), labels):
-            assert label == mask[y, x] and (wrong[y, x] if wrong.any() else label == 1)
-    with pytest.raises(ValueError):
-        correction_points(np.zeros((5, 5), bool), np.zeros((5, 5), bool), 1, rng)
-    assert correction_points(np.eye(5, dtype=bool), np.zeros((5, 5), bool), 2, rng)[1].tolist() == [0, 0]
 
 
 # --- variations

