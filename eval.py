@@ -123,6 +123,7 @@ class Predictor:
         """Without a prompt the instances of a class are one target."""
         return merge_instances(sample) if self.prompt == "none" else sample
 
+    @torch.no_grad()
     def __call__(self, sample):
         image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].contiguous()
         with autocast(self.model.device, self.precision):

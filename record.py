@@ -74,11 +74,13 @@ def check_disk(out, model):
 # The log
 
 class Log:
-    """OUT/log.csv, and TensorBoard's files where that is installed. Rows beyond `step`, of an interrupted run, go."""
+    """OUT/log.csv, and TensorBoard's files where that is installed. Rows of an interrupted run beyond `step` go, and
+    that of its validation unless `validated`."""
 
-    def __init__(self, out, step):
+    def __init__(self, out, step, validated=True):
         self.path = Path(out) / "log.csv"
-        rows = [row for row in read_log(self.path) if row["step"] <= step] if step else []
+        rows = [row for row in read_log(self.path) if row["step"] < step
+                or row["step"] == step and (validated or "val_dice" not in row)] if step else []
         self.file = open(self.path, "w", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS)
         self.writer.writeheader()

@@ -337,7 +337,7 @@ def train(args, rank, world, device, signals):
     if args.compile:
         model.steer, model.ask = torch.compile(model.steer, dynamic=True), torch.compile(model.ask, dynamic=True)
     ddp = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    log = Log(out, progress["step"]) if rank == 0 else None
+    log = Log(out, progress["step"], progress["validated"]) if rank == 0 else None
     if rank == 0:
         save_run(out, model, device, world, step=progress["step"], arguments=about["arguments"], fingerprint=about["data"])
     started, shown, saved_at, images = time.time() - progress["seconds"], time.time(), time.time(), 0

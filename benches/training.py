@@ -123,23 +123,19 @@ def steps(settings, kind):
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
     clicks = [(1, 3, 5, 9, 3, 0, 5, 0)[n] for n in range(rounds - 1)]
 
+    part = 1 if device.type == "cpu" else 16  # as cache.py encodes
+    stored = torch.cat([model.encode_image(batch.images[n:n + 1]) for n in range(B)]).half() if cached else None
+
     def step():
         with autocast(device, settings["dtype"]):
-            features = torch.cat([model.encode_image(batch.images[n:n + part]) for n in range(0, len(batch.images), part)])
-            return run(features)
-
-    def run(features):
-        with autocast(device, settings["dtype"]):
+            features = stored.float() if cached else torch.cat(
+                [model.encode_image(batch.images[n:n + part]) for n in range(0, len(batch.images), part)])
             loss, _ = objective(batch, features, B * T, clicks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
 
-    part = 1 if device.type == "cpu" else 16  # as cache.py encodes
-    if cached:
-        stored = torch.cat([model.encode_image(batch.images[n:n + 1]) for n in range(B)]).half()
-        step = lambda: run(stored.float())
     return timed_steps(step, settings["repeats"], settings["quick"], device)
 
 

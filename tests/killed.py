@@ -1,6 +1,6 @@
 """python tests/killed.py N FLAGS: runs train.py FLAGS, killing it N times with SIGKILL, and resumes it each time.
 
-Half of the kills come at a random time, half when a checkpoint is seen half-written. A run that ends by itself before
+A quarter of the kills come at a random time, the others when one of the files is seen half-written. A run that ends by itself before
 the last kill is begun anew.
 """
 import os
@@ -49,11 +49,14 @@ kills, flags = int(sys.argv[1]), sys.argv[2:]
 out, rng, killed = Path(flags[flags.index("--out") + 1]), random.Random(0), 0
 while killed < kills:
     child, seen = start(), "a random moment"
-    deadline, catch = time.time() + rng.uniform(0, 0.8), killed % 2
-    while not (done := ended(child)) and time.time() < deadline + 5 * catch:
-        if catch and (parts := [f.name for f in out.glob("*.part")]):
-            seen = f"{parts[0]} half-written"
-            break
+    began, pause, wanted = time.time(), rng.uniform(0, 3), ("", "training", "last", "best")[killed % 4]
+    while not (done := ended(child)):
+        if time.time() - began > pause:
+            if not wanted or time.time() - began > 8:
+                break
+            if list(out.glob(f"{wanted}*.part")):
+                seen = f"{wanted}.safetensors half-written"
+                break
         time.sleep(0.0002)
     if done:
         for file in out.iterdir():
