@@ -75,29 +75,34 @@ def bench_train(args):
     for backbone in args.backbones:
         print(f"\n{backbone}, {args.batch_size} images with {args.targets} targets each\n"
               f"{'':<44}{'s a step':>10}{'images/s':>10}{'ratio':>8}{'memory, MB':>12}")
-        rows = {"cached features": {}, "encoded in every step": dict(cached=False),
-                "naive: each target encoded, SAM's attention": dict(cached=False, naive=True)}
-        rows = {name: in_a_process(steps, vars(args) | dict(backbone=backbone), kind) for name, kind in rows.items()}
-        record[backbone] = show_steps(rows, "naive: each target encoded, SAM's attention", args)
+        rows = {"naive: each target encoded, SAM's attention": dict(cached=False, naive=True),
+                "encoded in every step": dict(cached=False), "cached features": {}}
+        rows = {name: partial(in_a_process, steps, vars(args) | dict(backbone=backbone), kind)
+                for name, kind in rows.items()}
+        record[backbone] = show_steps(rows, args)
     if args.peer:
         size = 256
         print(f"\nvit_b at {size} x {size}, {args.batch_size} images with {args.targets} targets each, nine rounds of "
               f"prompts\n{'':<44}{'s a step':>10}{'images/s':>10}{'ratio':>8}{'memory, MB':>12}")
         settings = vars(args) | dict(backbone="vit_b")
-        rows = {"cached features": in_a_process(steps, settings, dict(size=size, rounds=9)),
-                "cached features, one round": in_a_process(steps, settings, dict(size=size)),
-                "encoded in every step": in_a_process(steps, settings, dict(size=size, rounds=9, cached=False)),
-                "SAM-Med2D": peer_steps(args, size)}
-        record["SAM-Med2D"] = show_steps(rows, "SAM-Med2D", args)
+        ours = partial(in_a_process, steps, settings)
+        rows = {"SAM-Med2D": partial(peer_steps, args, size),
+                "encoded in every step": partial(ours, dict(size=size, rounds=9, cached=False)),
+                "cached features": partial(ours, dict(size=size, rounds=9)),
+                "cached features, one round": partial(ours, dict(size=size))}
+        record["SAM-Med2D"] = show_steps(rows, args)
     return record
 
 
-def show_steps(rows, peer, args):
-    """Prints the rows of a table; the ratios are the peer's time over each row's -> the rows with both."""
-    for name, row in rows.items():
-        row["images_per_s"], row["ratio"] = args.batch_size / row["s"], rows[peer]["s"] / row["s"]
-        print(f"{name:<44}{row['s']:>10.3f}{row['images_per_s']:>10.2f}{row['ratio']:>8.2f}{row['peak_mb']:>12.0f}")
-    return rows
+def show_steps(rows, args):
+    """{name: function that measures} -> {name: what it measured}, printed; ratios are the first one's time over each."""
+    done = {}
+    for name, measured in rows.items():
+        row = done[name] = measured()
+        row["images_per_s"], row["ratio"] = args.batch_size / row["s"], next(iter(done.values()))["s"] / row["s"]
+        print(f"{name:<44}{row['s']:>10.3f}{row['images_per_s']:>10.2f}{row['ratio']:>8.2f}{row['peak_mb']:>12.0f}",
+              flush=True)
+    return done
 
 
 def steps(settings, kind):
