@@ -206,7 +206,8 @@ class Batches(torch.utils.data.Dataset):
         have = all(b.features is not None for b in batches)
         return Batch(
             images=None if have else cat("images"), masks=cat("masks"), texts=sum((b.texts for b in batches), []),
-            index=torch.cat([b.index + n for n, b in enumerate(batches)]), targets=sum((b.targets for b in batches), []),
+            index=torch.cat([b.index + n for n, b in enumerate(batches)]),
+            targets=sum((b.targets for b in batches), []),
             points=batches[0].points and tuple(torch.cat([b.points[n] for b in batches]) for n in (0, 1)),
             boxes=None if batches[0].boxes is None else cat("boxes"), theta=cat("theta") if self.jitter else None,
             features=torch.from_numpy(np.stack([b.features for b in batches])) if have else None,

@@ -574,7 +574,8 @@ class MedSegR(nn.Module):
             MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, resize_vit,
             vit_attention)]
         tuned = {n: p for n, p in self.trained().items() if n.startswith("sam.image_encoder.")}
-        parts = [self.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize, c.feature_grid, *map(version, packages), *code]
+        parts = [self.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize, c.feature_grid,
+                 *map(version, packages), *code]
         return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
     def encode_attributes(self, texts):
@@ -623,8 +624,8 @@ class MedSegR(nn.Module):
         return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights)
 
     def ask(self, x, points=None, boxes=None, masks=None):
-        """SAM's part of decode: its prompt encoder and mask decoder with an image embedding per target, [M,C,H,W]; SAM's
-        own forward would pair every image with every prompt. Only the first mask, SAM's answer to
+        """SAM's part of decode: its prompt encoder and mask decoder with an image embedding per target, [M,C,H,W];
+        SAM's own forward would pair every image with every prompt. Only the first mask, SAM's answer to
         multimask_output=False, is computed."""
         PE, decoder, M = self.sam.prompt_encoder.get_dense_pe(), self.sam.mask_decoder, len(x)
         if masks is not None:

@@ -83,8 +83,8 @@ def curves(rows, path, title):
                                 ("iou", "-.", COLOURS[2])):
         factor, label = (20, "20 × focal") if name == "focal" else (1, name)
         left.plot(steps, [factor * r[name] for r in trained], style, color=colour, label=label, linewidth=1.2)
-    left.set(xlabel="step", ylabel="loss, mean of 10 steps", ylim=(0, None))
-    left.legend(frameon=False, fontsize=8)
+    left.set(xlabel="step", ylabel="loss, mean of some 10 steps", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     middle.plot([r["step"] for r in checked], [r["val_dice"] for r in checked], "o-", color=COLOURS[4], markersize=3)
     middle.set(xlabel="step", ylabel="validation Dice, pixels pooled", ylim=(0, 1))
     right.plot(steps, [r["lr"] for r in trained], color="black")

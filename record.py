@@ -51,7 +51,8 @@ def load_training(path, model, optimizer):
         with torch.no_grad():
             for name, p in model.trained().items():
                 p.copy_(tensors[f"p.{name}"])
-                state = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
+                keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
+                state = {k: tensors[f"{k}.{name}"] for k in keys}
                 if state:  # before the first step there is none
                     optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
         return record
@@ -66,8 +67,8 @@ def check_disk(out, model):
     # best, last, and parameters with two moments each; the largest twice, since it is replaced only when it is whole
     need, free = (1 + 1 + 3 + 3) * size, shutil.disk_usage(out).free
     if free < need:
-        raise InputError(f"{out}: has {free / 1e6:.0f} MB left, the checkpoints need {need / 1e6:.0f} MB; make room, or "
-                         "choose another place with --out")
+        raise InputError(f"{out}: has {free / 1e6:.0f} MB left, the checkpoints need {need / 1e6:.0f} MB; make room, "
+                         "or choose another place with --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def parameter_groups(model, weight_decay, decoder_share):
 # Processes
 
 def start_processes():
-    """-> rank, world size, device; joins the process group that torchrun set up: NCCL between GPUs, gloo between CPUs."""
+    """-> rank, world size, device; joins torchrun's process group: NCCL between GPUs, gloo between CPUs."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
@@ -215,7 +215,7 @@ def parse():
     add("--targets", type=int, default=4, help="structures asked for per image")
     add("--absent", type=float, default=0.25, help="how often an absent structure is asked for, without a prompt")
     add("--jitter", type=float, default=0.1, help="move, scale and turn features by up to this much; 0: not at all")
-    add("--rounds", type=int, default=1, help="SAM-Med2D's interaction: further rounds see the last mask and new points")
+    add("--rounds", type=int, default=1, help="SAM-Med2D's interaction: further ones see the last mask and points")
     add("--views", type=int, default=0, help="variations of each image, encoded and cached as the image is")
     add("--lr", type=float, default=1e-3, help="of the parts that start from nothing")
     add("--decoder-lr", type=float, default=0.1, help="of SAM's pretrained mask decoder, as a share of --lr")
@@ -339,7 +339,7 @@ def train(args, rank, world, device, signals):
     ddp = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
     log = Log(out, progress["step"], progress["validated"]) if rank == 0 else None
     if rank == 0:
-        save_run(out, model, device, world, step=progress["step"], arguments=about["arguments"], fingerprint=about["data"])
+        save_run(out, model, device, world, about["arguments"], about["data"], progress["step"])
     started, shown, saved_at, images = time.time() - progress["seconds"], time.time(), time.time(), 0
 
     def save(**new):
@@ -404,8 +404,8 @@ def train(args, rank, world, device, signals):
             in_a_row = 0 if finite else in_a_row + 1
             progress["skipped"] += not finite
             if in_a_row == PATIENCE:
-                raise InputError(f"{out}: no finite gradient in the last {PATIENCE} steps, up to step {step + 1}; lower "
-                                 "--lr, or give --precision float32")
+                raise InputError(f"{out}: no finite gradient in the last {PATIENCE} steps, up to step {step + 1}; "
+                                 "lower --lr, or give --precision float32")
 
             done, images = step + 1, images + len(batches.rows(step))
             progress["step"] = done
@@ -427,8 +427,8 @@ def train(args, rank, world, device, signals):
                 save()
                 saved_at = time.time()
     except Stopped:
-        raise Stopped(f"saved at step {progress['step']}; go on with --resume" if (out / "training.safetensors").is_file()
-                      else "") from None
+        saved = (out / "training.safetensors").is_file()
+        raise Stopped(f"saved at step {progress['step']}; go on with --resume" if saved else "") from None
     say(f"{out}: {steps} steps in {progress['seconds'] / 60:.1f} min, best validation Dice {progress['best']:.4f} "
         f"(prompt {val_prompt}, pixels pooled)" + (f", {progress['skipped']} steps without a finite gradient skipped"
                                                    if progress["skipped"] else "")

@@ -95,7 +95,7 @@ def bench_train(args):
 
 
 def show_steps(rows, args):
-    """{name: function that measures} -> {name: what it measured}, printed; ratios are the first one's time over each."""
+    """{name: function that measures} -> {name: what it measured}, printed; ratio: the first one's time over each."""
     done = {}
     for name, measured in rows.items():
         row = done[name] = measured()

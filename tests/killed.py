@@ -1,7 +1,7 @@
 """python tests/killed.py N FLAGS: runs train.py FLAGS, killing it N times with SIGKILL, and resumes it each time.
 
-A quarter of the kills come at a random time, the others when one of the files is seen half-written. A run that ends by itself before
-the last kill is begun anew.
+A quarter of the kills come at a random time, the others when one of the files is seen half-written. A run that ends by
+itself before the last kill is begun anew.
 """
 import os
 import random

@@ -23,7 +23,8 @@ class Numbers(list):
 
 
 def of(dataset, rank=0, world=1, first=0, last=100, **args):
-    return Batches(dataset, Texts("demo"), FeatureCache(None, ""), Namespace(**{**ARGS, **args}), rank, world, first, last)
+    args = Namespace(**{**ARGS, **args})
+    return Batches(dataset, Texts("demo"), FeatureCache(None, ""), args, rank, world, first, last)
 
 
 @pytest.mark.parametrize("n,batch,accumulate,world", [(10, 3, 1, 1), (10, 3, 1, 2), (7, 2, 2, 4), (12, 4, 3, 3),

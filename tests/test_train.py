@@ -20,6 +20,7 @@ import train
 from conftest import ROOT
 from common import InputError
 from data import Texts, open_dataset
+from eval import Predictor
 from medsegr import Config, MedSegR, ModelError, load_checkpoint
 from record import load_training, read_log
 
@@ -82,8 +83,8 @@ def test_learning_rate_rises_and_falls():
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-TINY = [*QUICK, "--feature-grid", "4", "--branches", "sem", "sam", "--priors", "--epochs", "3", "--rounds", "2", "--views",
-        "1", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, state written after each
+TINY = [*QUICK, "--feature-grid", "4", "--branches", "sem", "sam", "--priors", "--epochs", "3", "--rounds", "2",
+        "--views", "1", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, state written after each
 
 
 def losses(out):
@@ -227,8 +228,8 @@ def test_a_full_disk_is_said_at_the_start_and_harms_nothing(tmp_path, cache_fold
         with pytest.raises(InputError, match="make room"):
             run_main(["--max-steps", "2", "--resume", "--cache", cache_folder, "--out", tmp_path])
     # full only later: the system refuses files of more than 1 MB
-    done = python("-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); import train; "
-                  "from common import run; run(train.main, train.ModelError)", *TINY, "--max-steps", 2, "--resume",
+    done = python("-c", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); import train; from "
+                  "common import run; run(train.main, train.ModelError)", *TINY, "--max-steps", 2, "--resume",
                   "--cache", cache_folder, "--out", tmp_path)
     assert done.returncode == 2 and "training.safetensors" in done.stderr.splitlines()[-1], done.stderr[-500:]
     assert {f.name: f.read_bytes() for f in tmp_path.glob("*.safetensors")} == before
@@ -243,6 +244,24 @@ def test_record_of_a_run(undisturbed):
     rows = read_log(out / "log.csv")
     assert all(r["images_per_s"] > 0 and r["memory_mb"] > 100 for r in rows if "loss" in r)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ten_real_slices_are_learnt_by_heart(linked, tmp_path, cache_folder):
+    """Two to three minutes. What does not fit its training images to the last pixels has an error somewhere."""
+    root, flags = linked("sa-med2d-mini"), ["--limit", "10", "--image-size", "64"]
+    done = python("train.py", "--dataset", "sa-med2d", "--data", root, *flags, "--prompt", "box", "--batch-size", 10,
+                  "--targets", 2, "--jitter", 0, "--weight-decay", 0, "--lr", 2e-3, "--decoder-lr", 1, "--warmup", 10,
+                  "--max-steps", 150, "--val-every", 1000, "--val-slices", 1, "--cache", cache_folder, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model, _ = load_checkpoint(tmp_path / "last.safetensors")
+    dataset, found = open_dataset("sa-med2d", root, "train", 64, limit=10), []
+    predictor = Predictor(model, Texts("sa-med2d"), "box")
+    for i in range(10):
+        sample = dataset[i]
+        names, logits = predictor(sample)
+        for logit, mask in zip(logits.numpy(), sample.masks[sample.masks.any((1, 2))], strict=True):
+            found.append(dice(logit > 0, mask))
+    assert len(found) >= 10 and np.mean(found) >= 0.98, found
 
 
 @pytest.mark.parametrize("how", ["lora", "all"])
@@ -261,7 +280,8 @@ def test_the_encoder_can_be_tuned(how, tmp_path):
     assert (other - same).abs().max() > 1e-5
     assert len({m.features_key() for m in (frozen, start, tuned)}) == 3
     names = [n for n in tuned.trained() if n.startswith("sam.image_encoder.")]
-    share = sum(tuned.trained()[n].numel() for n in names) / sum(p.numel() for p in tuned.sam.image_encoder.parameters())
+    share = sum(tuned.trained()[n].numel() for n in names)
+    share /= sum(p.numel() for p in tuned.sam.image_encoder.parameters())
     assert (share > 0.99) if how == "all" else (0 < share < 0.05)
 
 
