@@ -335,7 +335,7 @@ def train(args, rank, world, device, signals):
         return say(f"{out}: already trained for {progress['step']} steps; raise --epochs or --max-steps to go on")
     objective = Objective(model, args.loss_weights)
     if args.compile:
-        model.steer, model.ask = torch.compile(model.steer, dynamic=True), torch.compile(model.ask, dynamic=True)
+        model.steer, model.ask = torch.compile(model.steer), torch.compile(model.ask)
     ddp = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
     log = Log(out, progress["step"], progress["validated"]) if rank == 0 else None
     if rank == 0:
