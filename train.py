@@ -224,7 +224,7 @@ def parse():
     add("--loss-weights", type=float, nargs=3, default=(20.0, 1.0, 1.0), help="of focal, Dice and IoU")
     add("--tune-encoder", default="none", help="beyond the paper: lora or all; nothing can be cached then")
     add("--lora-rank", type=int, default=4)
-    add("--compile", action="store_true", help="torch.compile: a minute or more first, then faster steps")
+    add("--compile", action="store_true", help="torch.compile: a minute or more first; its gain is not measured")
     add("--image-size", type=int, help="pixels (default: 256 for lite_medsam, 224 for ViT)")
     add("--feature-grid", type=int, help="pool the features to this grid, to train on a CPU")
     add("--normalize", help="sam (mean and std) or minmax (MedSAM's weights); default: the backbone's own")
@@ -328,6 +328,10 @@ def train(args, rank, world, device, signals):
         say(f"{out}: resumed at step {progress['step']}" + changes(saved, about))
     elif args.resume:
         say(f"{out}: nothing to resume yet, starting anew")
+    elif rank == 0 and (out / "training.safetensors").is_file():  # or a later --resume would go on with another run
+        (out / "training.safetensors").replace(out / "training.old.safetensors")
+        say(f"{out}: held a run already; starting anew, what --resume would have gone on with is kept in "
+            "training.old.safetensors")
     batches = Batches(train_set, texts, cache, args, rank, world, progress["step"])
     steps = min(args.epochs * batches.per_epoch, args.max_steps or 10 ** 12)
     batches.last = max(progress["step"], steps)

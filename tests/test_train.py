@@ -187,6 +187,12 @@ def test_nothing_to_resume_starts_anew(tmp_path, cache_folder, capsys):
     assert "resumed at step 1, with --lr 0.002 (was 0.001), --max-steps 2 (was 1)" in out or "--lr 0.002" in out
     run_main(["--max-steps", "2", "--resume", "--cache", cache_folder, "--out", tmp_path])
     assert "already trained for 2 steps" in capsys.readouterr().out
+    before = (tmp_path / "training.safetensors").read_bytes()
+    run_main(["--max-steps", "1", "--cache", cache_folder, "--out", tmp_path])  # without --resume: another run
+    assert "held a run already" in capsys.readouterr().out
+    assert (tmp_path / "training.old.safetensors").read_bytes() == before
+    run_main(["--max-steps", "1", "--resume", "--cache", cache_folder, "--out", tmp_path])
+    assert "already trained for 1 steps" in capsys.readouterr().out
 
 
 def run_main(flags, monkeypatch=None):
