@@ -6,6 +6,8 @@
     python bench.py model               a training step and a decode, operators compiled against reference
     python bench.py train --peer DIR    training steps: cached, not cached, the naive way, and a clone of SAM-Med2D's
     python bench.py data demo synapse=DIR --peer DIR      loading, against a clone of SAM-Med2D
+    python bench.py eval synapse=DIR    Dice and HD95 of whole volumes, against medpy
+    python bench.py speed               table 7: tuned parameters, images a second
     python bench.py index               the index of SA-Med2D-20M against Python's lists, on a generated JSON file
 
 Times are medians. What is compared takes turns within one loop, so that a machine that is busy for a while is busy for
@@ -31,6 +33,8 @@ COMMANDS = {
     "model": ("training.bench_model", "a training step and a decode, with the compiled operators and the reference"),
     "train": ("training.bench_train", "a training step against the naive way, and SAM-Med2D's"),
     "data": ("loading.bench_data", "loading images, one process and several workers"),
+    "eval": ("scoring.bench_eval", "Dice and HD95 of whole volumes, against medpy"),
+    "speed": ("speed.bench_speed", "table 7: tuned parameters and images a second, beside plain SAM"),
     "index": ("index.bench_index", "the index of SA-Med2D-20M against Python's lists, on a generated JSON file"),
 }
 FLAGS = dict(
@@ -45,10 +49,13 @@ FLAGS = dict(
           "--image-size": dict(default=256), "--images": dict(default=256, help="of each data set"),
           "--peer": dict(type=str, help="a clone of github.com/OpenGVLab/SAM-Med2D; its loader needs opencv-python, "
                                         "albumentations and scikit-image")},
+    eval={"sets": dict(type=str, nargs="+", help="data sets of volumes, as synapse=DIR"),
+          "--split": dict(type=str, default="test"), "--volumes": dict(default=3, help="of each data set")},
+    speed={"--batches": dict(nargs="+", default=[1, 2, 4, 8, 16, 32], help="batch sizes to try, up to the best")},
     index={"--images": dict(default=100_000, help="SA-Med2D-20M has 4,600,000"),
            "--folder": dict(type=str, help="for a folder of its own that is removed again (default: /tmp)"),
            "--naive-up-to": dict(default=1_000_000, help="images; lists of more are not tried: 4,600,000 take 10 GB")})
-ON_DEVICE = ("ops", "model", "train")
+ON_DEVICE = ("ops", "model", "train", "speed")
 
 
 def at_least_1(text):

@@ -250,7 +250,8 @@ FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
 class Texts:
     """The clinical texts of a data set's classes (attributes.json), and those of single images where a file has them.
 
-    texts("liver", "ct") -> {"position": str, "texture": str, "shape": str}: the first wordings. With rng, random ones.
+    texts("liver", "ct") -> {"position": str, "texture": str, "shape": str}: the first wordings, or those of another
+    number. With rng, random ones.
     An attribute is a list of wordings, or {modality: list} where the look depends on it. A string in place of a whole
     data set names the one whose texts it shares. InputError, with the entry to add, for whatever is missing.
     """
@@ -294,9 +295,9 @@ class Texts:
         """The texts of this very image, or of its case."""
         return self.images.get((sample.key, target)) or self.images.get((sample.case, target)) or {}
 
-    def __call__(self, target, modality, sample=None, rng=None):
+    def __call__(self, target, modality, sample=None, rng=None, number=0):
         own = self.own(target, sample) if sample is not None else {}
-        draw = lambda texts: texts[0 if rng is None else rng.integers(len(texts))]
+        draw = lambda texts: texts[number % len(texts) if rng is None else rng.integers(len(texts))]
         return {kind: draw(own.get(kind) or self.wordings(target, modality, kind)) for kind in ATTRIBUTES}
 
     def all(self, sample):

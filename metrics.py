@@ -196,16 +196,38 @@ def bootstrap(values, seed=0, n=2000, level=0.95):
     None among the values is skipped; None for fewer than two cases, which say nothing about their spread. The same
     values and seed give the same interval.
     """
-    values = np.array([v for v in values if v is not None], float)
-    cases, rng = len(values), np.random.default_rng(seed)
+    values = np.array([v for v in values if v is not None], float)[:, None]
+    return bootstrap_means(values, np.ones_like(values), seed, n, level)[0]
+
+
+def bootstrap_means(sums, counts, seed=0, n=2000, level=0.95):
+    """bootstrap() of K groups at once, whose cases are resampled together.
+
+    sums, counts [cases,K]: of the values that a case has in a group, and how many they are -> K + 1 intervals: of each
+    group's mean over all its values, and of the mean over the groups. None for a group of fewer than two cases.
+    """
+    cases, rng = len(sums), np.random.default_rng(seed)
     if cases < 2:
-        return None
-    means = np.empty(n)
-    rows = max(1, 2 ** 22 // cases)  # of draws at a time: 32 MB
+        return [None] * (sums.shape[1] + 1)
+    means, rows = np.empty((n, sums.shape[1])), max(1, 2 ** 22 // cases)  # of draws at a time: 32 MB
     for start in range(0, n, rows):
-        means[start:start + rows] = values[rng.integers(cases, size=(min(rows, n - start), cases))].mean(1)
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+        drawn = rng.integers(cases, size=(min(rows, n - start), cases))
+        for k in range(sums.shape[1]):
+            with np.errstate(invalid="ignore"):  # a group of which no case was drawn
+                means[start:start + rows, k] = sums[drawn, k].sum(1) / counts[drawn, k].sum(1)
+    several = (counts > 0).sum(0) > 1
+    groups = np.column_stack([means, nan_means(means)]) if sums.shape[1] else np.full((n, 1), np.nan)
+    edges = np.full((2, groups.shape[1]), np.nan)
+    known = np.append(several, several.any()) & ~np.isnan(groups).all(0)
+    edges[:, known] = np.nanquantile(groups[:, known], ((1 - level) / 2, (1 + level) / 2), axis=0)
+    return [tuple(map(float, pair)) if k else None for pair, k in zip(edges.T, known)]
+
+
+def nan_means(rows):
+    """The mean of each row over what is not NaN; NaN for a row without."""
+    known = ~np.isnan(rows)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, rows, 0).sum(1) / known.sum(1)
 
 
 def bootstrap_difference(a, b, seed=0, n=2000, level=0.95):

@@ -8,6 +8,7 @@ All have the same few names, so that data.py can treat them alike:
     len(source)         images of the split
     source.key(i)       the name of image i, unique in the data set
     source.case(i)      the patient or volume that it belongs to
+    source.spacing(case)    of volumes: (z, y, x), the mm between voxels; None where nobody knows
     source.read(i)      the Picture; InputError, in one line that names the file, for anything wrong with it
 
 Nothing is ever unpickled.
@@ -105,7 +106,7 @@ class Synapse:
     pairs = tuple((organ, "ct") for organ in ORGANS)
 
     def __init__(self, root, split):
-        self.root, self.opened = Path(root), None
+        self.root, self.opened, self.spacings = Path(root), None, None
         if not self.root.is_dir():
             raise InputError(f"{root}: no such folder; give the one that holds train_npz and test_vol_h5 "
                              "with --data DIR (README: how to get the data)")
@@ -123,6 +124,17 @@ class Synapse:
 
     def key(self, i):
         return f"{self.items[i][0]}_slice{self.items[i][1]:03d}"
+
+    def spacing(self, case):
+        """(z, y, x) in mm where `data.py prepare` has left it, else None: TransUNet's files do not hold it."""
+        if self.spacings is None:
+            path = self.root / "spacing.json"
+            try:
+                self.spacings = json.loads(read_text(path)) if path.is_file() else {}
+            except json.JSONDecodeError:
+                raise InputError(f"{path}: damaged; prepare the data again, or delete it: distances are then in voxels "
+                                 "alone") from None
+        return self.spacings.get(case)
 
     def read(self, i):
         _, number, path = self.items[i]
@@ -317,6 +329,10 @@ class KiTS19:
     def case(self, i):
         return self.items[i][0]
 
+    def spacing(self, case):
+        """(z, y, x) in mm."""
+        return json.loads(read_text(self.root / case / "case.json"))["spacing"]
+
     def key(self, i):
         case, axis, number = self.items[i]
         return f"{case}--{'zyx'[axis]}_{number:04d}"
@@ -434,6 +450,9 @@ class Demo:
 
     def case(self, i):
         return f"{self.split}{i:04d}"
+
+    def spacing(self, case):
+        return None  # drawn, not scanned
 
     def key(self, i):
         return f"{self.split}{i:04d}_slice000"

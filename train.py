@@ -9,12 +9,10 @@ and, for --resume, OUT/training.safetensors. SIGTERM and Ctrl-C save first. The 
 in record.py.
 """
 import json
-import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ from batches import Batches, correction_points, move
 from cache import FeatureCache, fill
 from common import InputError, Parser, make_folder, run
 from data import PROMPTS, Texts, add_data_flags, knobs, open_dataset
-from eval import Predictor, add_runtime_flags, answers, autocast, check_runtime_flags, label_map, true_label_map
+from eval import Predictor, add_runtime_flags, autocast, check_runtime_flags, predict, start_processes
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, save_checkpoint
 from record import Log, check_disk, fingerprint, load_training, memory_mb, save_run, save_training
 
@@ -119,18 +117,6 @@ def parameter_groups(model, weight_decay, decoder_share):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
-def start_processes():
-    """-> rank, world size, device; joins torchrun's process group: NCCL between GPUs, gloo between CPUs."""
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    if cuda:
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
-    return dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
 def total(*values):
     """Numbers, each summed over all processes, as a list of floats."""
     if not dist.is_initialized():
@@ -182,12 +168,7 @@ def validate(predictor, dataset, rows, rank, world, signals):
     for i in rows[rank::world]:
         signals.check()
         sample = predictor.prepare(dataset[i])
-        names, logits = predictor(sample)
-        pairs = answers(names, logits, sample)
-        if dataset.volumes:  # where the most certain answer wins
-            label, truth = label_map(names, logits, sample.size, classes), true_label_map(sample, classes)
-            pairs = [(name, label == t, truth == t) for t, name in enumerate(classes, 1)]
-        for name, a, b in pairs:
+        for name, a, b in predict(predictor, sample, dataset):
             both[classes.index(name)] += (a & b).sum()
             sizes[classes.index(name)] += a.sum() + b.sum()
     predictor.model.train()
@@ -240,6 +221,7 @@ def parse():
     add("--attributes", nargs="*", default=ATTRIBUTES, help="table 3: texts that the cognitive stage sees")
     add("--priors", nargs="*", default=ATTRIBUTES, help="table 4: perceptual heads that act")
     add("--branches", nargs="+", default=BRANCHES, help="table 6: fused, sem, sam")
+    add("--sentence", action="store_true", help="a baseline: the three texts as one sentence's embedding, no heads")
     for switch in ("cognitive", "perceptual", "caa"):
         add(f"--no-{switch}", dest=switch, action="store_false", help="table 5")
     add("--position-grid", type=int, default=14)
@@ -282,7 +264,8 @@ def train(args, rank, world, device, signals):
     out = Path(args.out)
     config = Config(**{k: getattr(args, k) for k in (
         "backbone", "sam_checkpoint", "clip", "image_size", "normalize", "feature_grid", "attributes", "priors",
-        "cognitive", "perceptual", "caa", "branches", "position_grid", "offset_grid", "tune_encoder", "lora_rank")})
+        "cognitive", "perceptual", "caa", "sentence", "branches", "position_grid", "offset_grid", "tune_encoder",
+        "lora_rank")})
     train_set = open_dataset(args.dataset, args.data, "train", config.image_size, args.fraction, args.limit, args.seed,
                              **knobs(args))
     val_set = open_dataset(args.dataset, args.data, "val", config.image_size, **knobs(args))

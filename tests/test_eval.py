@@ -1,13 +1,18 @@
 """Evaluation: the metrics against medpy, the merging of answers, prompts, and bad input."""
+import json
+import os
+import subprocess
 import sys
 
 import medpy.metric.binary as medpy
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval as evaluation
 from common import InputError
+from conftest import ROOT
 from data import Texts, open_dataset
 from medsegr import Config, MedSegR, ModelError
 from readers import ORGANS
@@ -43,15 +48,52 @@ def test_scores_are_medpys(seed):
             assert (s["dice"], s["hd95"]) == (0, 0) and s["dice_strict"] is None
 
 
+def scores_of(cases):
+    """{case: {class: score()}} -> Scores"""
+    scores = evaluation.Scores()
+    for i, (case, classes) in enumerate(cases.items()):
+        for name, numbers in classes.items():
+            scores.add(i, case, name, "ct", numbers)
+    return scores
+
+
 def test_table_is_the_mean_over_cases_then_organs():
     full = np.repeat(np.arange(9, dtype=np.uint8), 4).reshape(1, 9, 4)
     none = np.zeros_like(full)
     cases = {"a": evaluation.score_labels(full, full, ORGANS), "b": evaluation.score_labels(none, full, ORGANS)}
-    table = evaluation.summarise(cases, ORGANS)
-    assert table["liver"]["dice"] == 0.5 and table["mean"]["dice_strict"] == 0.5
+    summarise = lambda: evaluation.summarise(scores_of(cases), scores_of(cases).name)
+    table = summarise()
+    assert table["liver"]["dice"] == 0.5 and table["mean"]["dice_strict"] == 0.5 and table["liver"]["cases"] == 2
+    low, high = table["liver"]["ci_strict"]
+    assert low == 0 and high == 1 and table["mean"]["ci_strict"] == (low, high)
     cases["c"] = evaluation.score_labels(none, none, ORGANS)  # strict: says nothing
-    table = evaluation.summarise(cases, ORGANS)
+    table = summarise()
     assert table["mean"]["dice"] == pytest.approx(1 / 3) and table["mean"]["dice_strict"] == 0.5
+    assert table["mean"]["cases"] == 3 and "hd95_mm" not in table["mean"]
+
+
+def test_an_empty_table():
+    table = evaluation.summarise(evaluation.Scores(), [])
+    assert table["mean"]["dice_strict"] is None and table["mean"]["cases"] == 0
+    evaluation.print_table(table, "nothing")
+
+
+def test_means_of_groups_equal_plain_loops():
+    """Modalities over targets, several per image and case, some without a value: against a loop in float64."""
+    rng, scores = np.random.default_rng(0), evaluation.Scores()
+    for i in range(60):
+        for _ in range(rng.integers(1, 4)):
+            value = None if rng.random() < 0.2 else float(rng.random())
+            scores.add(i, f"case{i // 3}", "x", ("ct", "mr", "pet")[rng.integers(3)], dict(dice_strict=value))
+    table = evaluation.summarise(scores, scores.modality)
+    means = []
+    for m in dict.fromkeys(scores.modality):
+        values = [v for v, name in zip(scores["dice_strict"], scores.modality) if name == m and v == v]
+        means.append(sum(values) / len(values))
+        assert table[m]["dice_strict"] == pytest.approx(means[-1], abs=1e-12)
+        low, high = table[m]["ci_strict"]
+        assert low < means[-1] < high
+    assert table["mean"]["dice_strict"] == pytest.approx(sum(means) / 3, abs=1e-12)
 
 
 def test_the_most_certain_answer_wins():
@@ -96,9 +138,17 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
         f["image"], f["label"] = image[60:100:10] / np.float32(255), lut[label[60:100:10]]
     dataset = open_dataset("synapse", tmp_path, "test", 256)
     model = MedSegR(Config(branches=("sam",))).eval()
-    cases, _ = evaluation.evaluate(evaluation.Predictor(model, Texts("synapse"), "box"), dataset, progress=False)
-    table = evaluation.summarise(cases, ORGANS)
+    predictor = evaluation.Predictor(model, Texts("synapse"), "box")
+    (tmp_path / "spacing.json").write_text('{"case0010": [3.0, 2.0, 2.0]}')
+    volumes, targets = evaluation.evaluate(predictor, dataset, progress=False)
+    table = evaluation.summarise(volumes, volumes.name)
     assert table["mean"]["dice_strict"] > 0.85, table
+    # millimetres: of the same borders
+    mm = evaluation.summarise(volumes, volumes.name)["mean"]["hd95_strict_mm"]
+    assert table["mean"]["hd95_strict"] < mm < 3.1 * table["mean"]["hd95_strict"]
+    # the slices' structures, each with what figure 3 needs
+    assert 0 < len(targets) == sum(len(dataset[i].targets) for i in range(len(dataset)))
+    assert (targets["area"] > 0).all() and targets["overlap"].max() > 0.2 and np.isnan(targets["hd95"]).all()
 
 
 @pytest.mark.parametrize("flags,named", [
@@ -106,7 +156,10 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/data"], "/no/data"),
     (["--prompt", "lasso"], "--prompt lasso"), (["--points", "0"], "--points 0"), (["--limit", "x"], "--limit"),
     (["--split", "dev"], "dev"), (["--json", "/proc/x/y.json"], "/proc/x"), (["--plots", "/proc/x"], "/proc/x"),
-    (["--backbone", "vgg"], "--backbone"), (["--precision", "fp8"], "--precision fp8")])
+    (["--backbone", "vgg"], "--backbone"), (["--precision", "fp8"], "--precision fp8"),
+    (["--text", "loud"], "--text loud"), (["--beside", "sam"], "--plots"), (["--", "--lr", "1"], "--tables"),
+    (["--dataset", "kvasir", "--data", "tests", "--text", "wrong"], "tests"),
+    (["--tables", "9"], "--tables 9"), (["--tables", "none.json"], "none.json")])
 def test_bad_flags_are_named(flags, named, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", "sam", "--prompt", "box", "--image-size", "64",
                                       "--limit", "1", "--cache", "none", *flags])
@@ -136,3 +189,90 @@ def test_the_newest_checkpoint_is_taken(tmp_path):
         file.write_bytes(b"")
         os.utime(file, (1e9 - age,) * 2)
     assert evaluation.newest_checkpoint(tmp_path) == tmp_path / "new"
+
+
+def test_texts_otherwise_than_they_should_be():
+    texts, pairs = Texts("demo"), [(name, "ct") for name in ORGANS]
+    own = [texts(name, "ct") for name in ORGANS]
+    assert [evaluation.Rephrased(texts, "wrong", pairs)(name, "ct") for name in ORGANS] == own[1:] + own[:1]
+    reworded = [evaluation.Rephrased(texts, "reworded", pairs)(name, "ct") for name in ORGANS]
+    assert all(a[k] != b[k] and b[k] in texts.wordings(n, "ct", k) for n, a, b in zip(ORGANS, own, reworded) for k in a)
+    assert set(evaluation.Rephrased(texts, "empty", pairs)("liver", "ct").values()) == {""}
+    with pytest.raises(InputError, match="--text wrong"):
+        evaluation.Rephrased(Texts("kvasir"), "wrong", [("polyp", "endoscopy")])
+
+
+class Noise:
+    """A predictor that guesses, the same for the same sample; dies after `lives` images."""
+    prompt, lives = "none", 10 ** 9
+
+    def prepare(self, sample):
+        return sample
+
+    def __call__(self, sample):
+        self.lives -= 1
+        if self.lives < 0:
+            raise KeyboardInterrupt
+        rng = torch.Generator().manual_seed(int(sample.masks.sum()))
+        names = [*sample.targets, *sample.absent]
+        return names, torch.randn(len(names), 16, 16, generator=rng) - 1
+
+
+def test_a_killed_evaluation_goes_on(tmp_path):
+    """Killed again and again, on other numbers of processes, with a torn last line: the same scores."""
+    dataset = open_dataset("demo", split="test", image_size=64, limit=9)
+    whole = evaluation.evaluate(Noise(), dataset, progress=False)
+    assert sorted(set(whole[1].row)) == list(range(9)) and len(whole[0]) == 72
+    path, asked = tmp_path / "x.json", 0
+    for world, rank in ((1, 0), (2, 1), (3, 2), (1, 0)):
+        predictor = Noise()
+        predictor.lives = 10 ** 9 if asked == 3 else 2
+        journal = evaluation.Journal(path, rank, "these settings")
+        journal.begin()
+        try:  # what evaluate() does on one rank
+            for first, end in evaluation.cases_of(dataset)[rank::world]:
+                if first not in journal.done:
+                    journal.add(first, *evaluation.evaluate_case(predictor, dataset, first, end))
+        except KeyboardInterrupt:
+            journal.file.write('{"first": 8, "volu')
+        journal.file.close()
+        asked += 1
+    journal = evaluation.Journal(path, 0, "these settings")
+    assert journal.done == set(range(9))
+    again = evaluation.evaluate(Noise(), dataset, journal, progress=False)
+    assert [scores.columns(str) for scores in again] == [scores.columns(str) for scores in whole]
+    assert evaluation.Journal(path, 0, "other settings").done == set()
+    journal.remove()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_processes_find_the_same_numbers(tmp_path, small):
+    """The command with torchrun on two processes, and on one; volumes would be shared out in the same way."""
+    from medsegr import save_checkpoint
+    save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo")
+    flags = [str(ROOT / "eval.py"), "--checkpoint", str(tmp_path), "--prompt", "none", "--limit", "5", "--cache", "none"]
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    for name, launch in (("one", ["-W", "ignore"]), ("two", ["-m", "torch.distributed.run", "--standalone",
+                                                             "--nproc_per_node", "2"])):
+        run = subprocess.run([sys.executable, *launch, *flags, "--json", str(tmp_path / f"{name}.json")], env=env,
+                             text=True, capture_output=True)
+        assert run.returncode == 0, run.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one == two and len(one["volumes"]["case"]) == 40 and not list(tmp_path.glob("*.partial"))
+
+
+def test_pictures_of_two_models(tmp_path, small, monkeypatch, capsys):
+    """Best, median and worst case by rule, with SAM beside; the scores name the rows."""
+    from medsegr import save_checkpoint
+    save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path), "--prompt", "box", "--limit", "3",
+                                      "--cache", "none", "--plots", str(tmp_path / "p"), "--beside", "sam"])
+    evaluation.main()
+    picture = Image.open(tmp_path / "p/demo-box.png")
+    assert picture.size[0] > 1200 and "strict Dice" in capsys.readouterr().out
+    scores = evaluation.Scores()
+    for row, dice in enumerate((0.2, 0.9, None, 0.5)):
+        scores.add(row, f"c{row}", "liver", "ct", dict(dice_strict=dice))
+    assert evaluation.typical(scores) == [("best case", 0.9, 1), ("median case", 0.5, 3), ("worst case", 0.2, 0)]
+    part = scores.where(lambda i: i == 3)
+    assert evaluation.typical(part) == [("best case", 0.5, 3)] and evaluation.typical(evaluation.Scores()) == []

@@ -232,6 +232,73 @@ def test_padding_does_not_reach_the_semantic_prior(caa):
         torch.testing.assert_close(stage(T, valid), mean)
 
 
+def test_what_lies_behind_the_longest_text_is_not_computed():
+    """The cognitive stage is given the tokens up to the longest text alone, which changes nothing."""
+    model = small()
+    with torch.no_grad():
+        T_attr = model.encode_attributes(TEXTS).T_attr
+        T, valid = (torch.stack([torch.stack([model.tokens[text[a]][i] for a in ATTRIBUTES]) for text in TEXTS])
+                    for i in (0, 1))
+        assert valid.any((0, 1)).sum() < valid.shape[2]
+        torch.testing.assert_close(T_attr, model.cognitive(T, valid))
+
+
+def test_one_sentence_in_place_of_three_texts():
+    """The baseline: T_attr is the mean over the tokens of the joined texts, and nothing else of the text is used."""
+    model = small(sentence=True)
+    assert model.perceptual is None and not model.config.caa
+    with torch.no_grad():
+        priors = model.encode_attributes(TEXTS)
+        for text, T_attr in zip(TEXTS, priors.T_attr):
+            tokens, valid = model.clip(["; ".join(text[a] for a in ATTRIBUTES)])
+            torch.testing.assert_close(T_attr, tokens[0][valid[0]].mean(0))
+    assert priors.A_pos is None and len(model.encode_attributes([]).T_attr) == 0
+
+
+def sam_med2d(path):
+    """A checkpoint of random numbers with SAM-Med2D's names and its pickled optimizer."""
+    config = Config(backbone="sam_med2d", sam_checkpoint="random", branches=("sam",), image_size=64)
+    model = MedSegR(config)
+    state = {}
+    medsegr.resize_vit(model.sam.image_encoder, 256)
+    torch.manual_seed(3)
+    for name, value in model.sam.state_dict().items():
+        state[name] = value + 0.02 * torch.randn_like(value)
+    optimizer = torch.optim.Adam(model.sam.mask_decoder.parameters(), lr=1e-4)
+    torch.save(dict(model=state, optimizer=optimizer), path)
+    return state
+
+
+def test_sam_med2d(tmp_path):
+    """Its adapters stand beside the MLP of every block. (Features and masks were compared with its own code: equal to
+    2e-6 of 4.5; that code is not needed here.)"""
+    state = sam_med2d(tmp_path / "b.pth")
+    names = {k for k in state if ".Adapter." in k}
+    assert names == {f"image_encoder.blocks.{i}.Adapter.{n}" for i in range(12) for n in (
+        "channel.0.weight", "channel.2.weight", "spatial.0.weight", "spatial.2.weight", "norm.weight", "norm.bias")}
+    assert state["image_encoder.pos_embed"].shape == (1, 16, 16, 768)
+    assert state["image_encoder.blocks.2.attn.rel_pos_h"].shape[0] == 31  # of its global attention; windows have 27
+    model = MedSegR(Config(backbone="sam_med2d", sam_checkpoint=str(tmp_path / "b.pth"), branches=("sam",))).eval()
+    block, x = model.sam.image_encoder.blocks[0], torch.randn(1, 16, 16, 768)
+    with torch.no_grad():
+        y = block.mlp(x)
+        mlp = block.mlp.lin2(F.gelu(block.mlp.lin1(x)))
+        a, s = block.Adapter, x.permute(0, 3, 1, 2)
+        weights = torch.sigmoid(F.linear(F.relu(F.linear(s.mean((2, 3)), a.channel[0].weight)), a.channel[2].weight))
+        mixed = F.relu(F.conv2d(weights[..., None, None] * s, a.spatial[0].weight, stride=2, padding=1))
+        mixed = F.relu(F.conv_transpose2d(mixed, a.spatial[2].weight, stride=2, padding=1)).permute(0, 2, 3, 1)
+        expected = mlp + F.layer_norm(x + mixed, (768,), a.norm.weight, a.norm.bias)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        blue = torch.zeros(1, 3, 256, 256)
+        blue[:, 2] = 255
+        features = model.encode_image(blue)  # what was blue is its first channel
+        x = (blue.flip(1) - torch.tensor([123.675, 116.28, 103.53])[:, None, None]) / torch.tensor(
+            [58.395, 57.12, 57.375])[:, None, None]
+        torch.testing.assert_close(features, model.sam.image_encoder(x))
+    with pytest.raises(ModelError, match="sam-med2d_b.pth"):
+        MedSegR(Config(backbone="sam_med2d"))
+
+
 def test_channel_attention_is_equation_4():
     """MHCA_C with its sums written out, one head and channel at a time."""
     torch.manual_seed(0)
@@ -419,6 +486,7 @@ def test_wrong_sam_checkpoint_is_named(tmp_path, make):
 @pytest.mark.parametrize("wrong", [dict(backbone="resnet"), dict(priors=("colour",)), dict(branches=()),
                                    dict(branches=("sem",), cognitive=False), dict(image_size=30), dict(heads=7),
                                    dict(backbone="vit_b", image_size=100), dict(normalize="none"),
+                                   dict(backbone="sam_med2d", image_size=240),
                                    dict(feature_grid=99), dict(position_grid=0)])
 def test_wrong_configuration_names_the_flag(wrong):
     with pytest.raises(ModelError, match="--"):
@@ -435,3 +503,5 @@ def test_wrong_text_encoder_is_named(spec):
 def test_empty_text_is_refused(text):
     with pytest.raises(ModelError, match="texture text is empty"):
         small().encode_attributes([TEXTS[0] | {"texture": text}])
+    if text == "":  # on purpose, to see what an empty text does
+        assert small().encode_attributes([TEXTS[0] | {"texture": text}], empty=True).T_attr.isfinite().all()
