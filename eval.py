@@ -252,14 +252,21 @@ def answers(names, logits, sample):
     return pairs + [(name, mask, nothing) for name, mask in found]
 
 
+def label_maps(predictor, sample, dataset):
+    """uint8 [H,W] each: the predicted label map of a volume's slice and the true one."""
+    return (label_map(*predictor(sample), sample.size, dataset.classes), true_label_map(sample, dataset.classes))
+
+
+def by_class(prediction, truth, classes):
+    """Two label maps -> answers(), of every class."""
+    return [(name, prediction == i, truth == i) for i, name in enumerate(classes, 1)]
+
+
 def predict(predictor, sample, dataset):
-    """answers() of a sample. In a slice of a volume each pixel belongs to the most certain answer alone, and every
-    class of the data set is named."""
-    names, logits = predictor(sample)
-    if not dataset.volumes:
-        return answers(names, logits, sample)
-    label, truth = label_map(names, logits, sample.size, dataset.classes), true_label_map(sample, dataset.classes)
-    return [(name, label == i, truth == i) for i, name in enumerate(dataset.classes, 1)]
+    """answers() of a sample. In a slice of a volume each pixel belongs to the most certain answer alone."""
+    if dataset.volumes:
+        return by_class(*label_maps(predictor, sample, dataset), dataset.classes)
+    return answers(*predictor(sample), sample)
 
 
 def evaluate_case(predictor, dataset, first, end, step=lambda: None):
@@ -267,27 +274,24 @@ def evaluate_case(predictor, dataset, first, end, step=lambda: None):
     volume, targets, slices = [], [], []
     for i in range(first, end):
         sample = predictor.prepare(dataset[i])
-        found = predict(predictor, sample, dataset)
-        overlap = overlap_rate(np.stack([t for _, _, t in found]), [n for n, _, _ in found]) if found else ()
+        if dataset.volumes:
+            slices.append((*label_maps(predictor, sample, dataset), i))
+            found = [each for each in by_class(*slices[-1][:2], dataset.classes) if each[2].any()]
+        else:
+            found = answers(*predictor(sample), sample)
+        overlap = overlap_rate(np.stack([truth for *_, truth in found]), [name for name, *_ in found]) if found else ()
         for (name, a, b), rate in zip(found, overlap):
-            if dataset.volumes and not b.any():
-                continue  # the volume's score counts what was found where nothing is
             numbers = dict(dice_strict=dice(a, b), iou_strict=iou(a, b)) if dataset.volumes else score(a, b)
             numbers |= dict(area=float(b.mean()), overlap=float(rate))
             targets.append((i, sample.case, name, sample.modality, numbers))
-        if dataset.volumes:
-            maps = [sum((k * mask for k, mask in enumerate(masks, 1)), np.zeros(sample.size, np.uint8))
-                    for masks in zip(*[(a.astype(np.uint8), b.astype(np.uint8)) for _, a, b in found])]
-            slices.append((*maps, i))
         step()
     if dataset.volumes:
         prediction, truth = (np.stack([s[k] for s in slices]) for k in (0, 1))
         # the slice with most classes, then with most of them
         shown = max(slices, key=lambda s: (len(np.unique(s[1])), (s[1] > 0).sum()))[2]
         spacing = dataset.source.spacing(sample.case)
-        scores = score_labels(prediction, truth, dataset.classes)
         mm = score_labels(prediction, truth, dataset.classes, spacing) if spacing else {}
-        for name, numbers in scores.items():
+        for name, numbers in score_labels(prediction, truth, dataset.classes).items():
             numbers |= {f"{k}_mm": mm[name][k] for k in ("hd95", "hd95_strict") if mm}
             volume.append((shown, sample.case, name, sample.modality, numbers))
     return volume, targets
