@@ -12,6 +12,7 @@ import gzip
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import nibabel as nib
@@ -214,6 +215,7 @@ def parse():
         add(f"--{kind}", help=f"in place of --target: the structure's {kind} in your own words")
     add("--dataset", help="whose texts --target takes (default: the checkpoint's)")
     add("--attributes-file", help="a JSON file of texts in place of attributes.json")
+    add("--texts", help="a JSON lines file of texts for this image, as report.py writes it; NAME is the file's")
     add("--modality", default="ct", help=", ".join(VARIATION))
     add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
     add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"), help="one per target, in pixels")
@@ -266,9 +268,9 @@ def main():
     name = path.name.removesuffix(".gz").rsplit(".", 1)[0] if path.is_file() else path.name
     given = {k: getattr(args, k) for k in ("sam_checkpoint", "clip") if getattr(args, k)}
     model, record = load_checkpoint(args.checkpoint or newest_checkpoint(), **given)
-    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file)
-    names = args.target or ["target"]
-    triples = ([texts(target, args.modality) for target in names] if args.target
+    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file, args.texts)
+    names, this = args.target or ["target"], SimpleNamespace(key=name, case=name)
+    triples = ([texts(target, args.modality, this) for target in names] if args.target
                else [{kind: getattr(args, kind) for kind in ATTRIBUTES}])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     grid = volume = None

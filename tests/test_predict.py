@@ -176,6 +176,19 @@ def test_an_image(model, tmp_path, monkeypatch, capsys):
     assert picture.shape[1] > 1200 and (picture < 100).mean() > 0.1
 
 
+def test_texts_of_a_report(model, tmp_path, monkeypatch):
+    """texts.jsonl, as report.py writes it, in place of the class's texts; the class need not be known then."""
+    Image.new("RGB", (40, 40), "gray").save(tmp_path / "x.png")
+    (tmp_path / "t.jsonl").write_text(json.dumps(dict(image="x", target="cyst", source="rules", **TEXT)))
+    seen = []
+    monkeypatch.setattr(predict, "predict_image", lambda model, image, texts, *a, f=predict.predict_image, **k:
+                        seen.append(texts) or f(model, image, texts, *a, **k))
+    command(monkeypatch, model[1], tmp_path / "x.png", "--target", "cyst", "--texts", tmp_path / "t.jsonl", "--out", tmp_path)
+    assert seen == [[TEXT]]
+    with pytest.raises(InputError, match="cyst"):
+        command(monkeypatch, model[1], tmp_path / "x.png", "--target", "cyst", "--out", tmp_path)
+
+
 @pytest.mark.parametrize("off", [dict(priors=()), dict(cognitive=False), dict(perceptual=False, branches=("sem",))])
 def test_explanations_of_models_with_parts_switched_off(off, tmp_path):
     from explain import explain
