@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.sparse import coo_array
 from tqdm import tqdm
 
 import plots
@@ -109,7 +110,7 @@ class Scores:
         return len(self.row)
 
     def __getitem__(self, column):
-        return np.frombuffer(self.numbers[column])
+        return np.array(self.numbers[column])
 
     def gather(self, parts):
         """Takes the rows of other Scores, in the order of the images."""
@@ -144,30 +145,27 @@ def summarise(scores, groups, seed=0):
     bootstrapped over the cases (metrics.bootstrap_means), whose structures stay together.
     """
     names = list(dict.fromkeys(groups))
-    column, case = (np.unique(x, return_inverse=True) for x in (groups, scores.case)) if names else ((None, []),) * 2
-    order = {name: i for i, name in enumerate(column[0])} if names else {}
-    table, shape = {name: {} for name in [*names, "mean"]}, (len(set(scores.case)), len(names))
+    number, cases = ({v: i for i, v in enumerate(dict.fromkeys(x))} for x in (groups, scores.case))
+    column, case = np.array([number[g] for g in groups], int), np.array([cases[c] for c in scores.case], int)
+    table = {name: {} for name in [*names, "mean"]}
     for metric in (*METRICS, *MM):
-        values = scores[metric] if len(scores) else np.zeros(0)
+        values = scores[metric]
         known = ~np.isnan(values)
         if not known.any() and metric in MM:
             continue
-        sums, counts = np.zeros(shape), np.zeros(shape)
-        if names:
-            at = case[1][known], column[1][known]
-            np.add.at(sums, at, values[known])
-            np.add.at(counts, at, 1)
-        means = [float(sums[:, order[n]].sum() / counts[:, order[n]].sum()) if counts[:, order[n]].any() else None
-                 for n in names]
+        # sparse: a data set of 20 million masks has cases by the million, each with a few of its classes
+        table_of = lambda v: coo_array((v, (case[known], column[known])), (len(cases), len(names))).tocsr()
+        sums, counts = table_of(values[known]), table_of(np.ones(known.sum()))
+        n = np.asarray(counts.sum(0)).ravel()
+        means = [float(v / m) if m else None for v, m in zip(np.asarray(sums.sum(0)).ravel(), n)]
         for name, value in zip([*names, "mean"], [*means, mean(means)]):
             table[name][metric] = value
         if metric in ("dice", "dice_strict"):
-            columns = [order[n] for n in names]
-            for name, interval in zip([*names, "mean"], bootstrap_means(sums[:, columns], counts[:, columns], seed)):
+            for name, interval in zip([*names, "mean"], bootstrap_means(sums, counts, seed)):
                 table[name][metric.replace("dice", "ci")] = interval
-            for name in names:
-                table[name]["cases"] = int((counts[:, order[name]] > 0).sum())
-    table["mean"]["cases"] = shape[0]
+            for name, seen in zip(names, np.asarray((counts > 0).sum(0)).ravel()):
+                table[name]["cases"] = int(seen)
+    table["mean"]["cases"] = len(cases)
     return table
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects
+from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
 from common import InputError
@@ -203,19 +204,21 @@ def bootstrap(values, seed=0, n=2000, level=0.95):
 def bootstrap_means(sums, counts, seed=0, n=2000, level=0.95):
     """bootstrap() of K groups at once, whose cases are resampled together.
 
-    sums, counts [cases,K]: of the values that a case has in a group, and how many they are -> K + 1 intervals: of each
+    sums, counts [cases,K], dense or sparse: of the values that a case has in a group, and how many they are -> K + 1 intervals: of each
     group's mean over all its values, and of the mean over the groups. None for a group of fewer than two cases.
     """
-    cases, rng = len(sums), np.random.default_rng(seed)
+    cases, rng = sums.shape[0], np.random.default_rng(seed)
     if cases < 2:
         return [None] * (sums.shape[1] + 1)
+    sums, counts = csr_array(sums), csr_array(counts)  # most cases of a large data set lack most of its classes
     means, rows = np.empty((n, sums.shape[1])), max(1, 2 ** 22 // cases)  # of draws at a time: 32 MB
     for start in range(0, n, rows):
-        drawn = rng.integers(cases, size=(min(rows, n - start), cases))
-        for k in range(sums.shape[1]):
-            with np.errstate(invalid="ignore"):  # a group of which no case was drawn
-                means[start:start + rows, k] = sums[drawn, k].sum(1) / counts[drawn, k].sum(1)
-    several = (counts > 0).sum(0) > 1
+        r = min(rows, n - start)
+        drawn = rng.integers(cases, size=(r, cases)) + cases * np.arange(r)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=r * cases).reshape(r, cases).T  # how often each case is drawn
+        with np.errstate(invalid="ignore"):  # a group of which no case was drawn
+            means[start:start + r] = (sums.T @ times / (counts.T @ times)).T
+    several = np.asarray((counts > 0).sum(0)) > 1
     groups = np.column_stack([means, nan_means(means)]) if sums.shape[1] else np.full((n, 1), np.nan)
     edges = np.full((2, groups.shape[1]), np.nan)
     known = np.append(several, several.any()) & ~np.isnan(groups).all(0)
