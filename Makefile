@@ -10,11 +10,14 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-# trains on drawn CT slices, evaluates without a prompt, leaves out/demo/table.json and out/demo/plots
+# trains on drawn CT slices, evaluates without a prompt, explains one slice; leaves out/demo/table.json, plots, predict
 demo: .venv/ready
 	$(BIN)/python train.py --dataset demo --image-size 128 --feature-grid 16 --batch-size 8 --max-steps 160 --warmup 20 \
 		--out out/demo
 	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --json out/demo/table.json --plots out/demo/plots
+	$(BIN)/python demo.py out/demo/slice.png
+	$(BIN)/python predict.py out/demo/slice.png --checkpoint out/demo/last.safetensors --target liver --target spleen \
+		--explain --out out/demo/predict
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests

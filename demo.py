@@ -155,3 +155,23 @@ def scan(rng, image):
     x = torch.from_numpy(np.stack([image, noise]).astype(np.float32))[:, None]
     x = F.conv2d(F.conv2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), kernel), kernel.mT)[:, 0].numpy()
     return np.clip(x[0] + rng.uniform(0.04, 0.09) * x[1], 0, 1)
+
+
+def main():
+    from PIL import Image
+    from common import InputError, Parser, whole
+    from readers import Demo
+    parser = Parser(description="One of the drawn test slices as a PNG, to try predict.py on.")
+    parser.add_argument("file")
+    parser.add_argument("--image", type=int, default=0, help="its number, 0 to 31")
+    args = parser.parse_args()
+    slices = Demo("test")
+    if not 0 <= args.image < len(slices):
+        raise InputError(f"--image {args.image}: give 0 to {len(slices) - 1}")
+    with whole(args.file) as file:
+        Image.fromarray((255 * slices.read(args.image).image).round().astype(np.uint8)).save(file, format="PNG")
+
+
+if __name__ == "__main__":
+    from common import run
+    run(main)
