@@ -1,0 +1,215 @@
+"""A page to try the model on: choose or upload an image, pick or write the texts, click points or a box, see the mask.
+
+    python app.py                      the newest checkpoint in out, or the untrained model on LiteMedSAM's weights
+    python app.py --checkpoint out/synapse --port 7860
+
+It runs on this machine (127.0.0.1) and sends nothing anywhere.
+"""
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gradio as gr  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import plots  # noqa: E402
+from common import InputError, Parser, run  # noqa: E402
+from data import ATTRIBUTES, VARIATION, Texts  # noqa: E402
+from eval import newest_checkpoint  # noqa: E402
+from explain import explain  # noqa: E402
+from medsegr import Config, MedSegR, ModelError, load_checkpoint  # noqa: E402
+from predict import predict_image  # noqa: E402
+from readers import Demo  # noqa: E402
+
+CLICKS = ("point inside", "point outside", "corner of a box")
+LARGE = "#image img, #mask img {width: 100%; height: 100%; object-fit: contain}"
+NOBODY = dict(points=[], labels=[], corners=[])
+GUIDE = """**1** Take the drawn slice, or upload an image. **2** Choose a structure, or write three texts of your own.
+**3** If you like, click on the image: points, or two opposite corners of a box. **4** Press *Find*."""
+
+
+def load(checkpoint, **given):
+    """-> (model, the data set whose texts it knows, a line that says what it is)."""
+    try:
+        model, record = load_checkpoint(checkpoint or newest_checkpoint(), **given)
+        return model, record.get("dataset") or "synapse", f"trained on {record.get('dataset')}"
+    except InputError:  # nothing trained yet
+        return MedSegR(Config(**given)).eval(), "synapse", ("**untrained**: the texts do nothing yet, and it gives the "
+                                                            "masks of LiteMedSAM, which needs a box; `make demo` trains "
+                                                            "a small one")
+
+
+def drawn(number=0):
+    """uint8 [256,256,3]: one of the demo's slices."""
+    image = (255 * Demo("test").read(number).image).round().astype(np.uint8)
+    return np.repeat(image[..., None], 3, 2)
+
+
+def marked(image, clicks, mask=None, name="mask"):
+    """The image uint8 [H,W,3] with the clicks and the mask on it, in the same size: clicks lie where they were made."""
+    h, w = image.shape[:2]
+    figure = plt.figure(figsize=(w / 100, h / 100), dpi=100)
+    axis = figure.add_axes((0, 0, 1, 1))
+    plots.overlay(axis, image, [(name, mask)] if mask is not None and mask.any() else [], {name: plots.COLOURS[0]})
+    axis.axis("off")
+    for (x, y), label in zip(clicks["points"], clicks["labels"]):
+        axis.plot(x, y, marker="+" if label else "x", color="white", markersize=9, markeredgewidth=2)
+    corners = np.array(clicks["corners"], float).reshape(-1, 2)
+    if len(corners) == 1:
+        axis.plot(*corners[0], marker="s", markerfacecolor="none", color="white", markersize=6)
+    if len(corners) == 2:
+        (x0, y0), (x1, y1) = corners.min(0), corners.max(0)
+        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--"))
+    axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    plt.close(figure)
+    return pixels
+
+
+def click(clicks, kind, x, y):
+    """The clicks and one more. A third corner begins a new box."""
+    clicks = {k: list(v) for k, v in clicks.items()}
+    if kind == "corner of a box":
+        clicks["corners"] = [*(clicks["corners"] if len(clicks["corners"]) < 2 else []), [x, y]]
+    else:
+        clicks["points"].append([x, y])
+        clicks["labels"].append(int(kind == "point inside"))
+    return clicks
+
+
+def find(model, image, clicks, name, texts, with_explanation, folder):
+    """-> (image with the mask, a line about it, path of the explanation or None)."""
+    if image is None:
+        raise gr.Error("There is no image: upload one, or take the drawn slice.")
+    if not all(t.strip() for t in texts):
+        raise gr.Error("All three texts are needed: choose a structure, or write them.")
+    if len(clicks["corners"]) == 1:
+        raise gr.Error("A box needs two corners: click the opposite one, or clear the clicks.")
+    image = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image[..., :3]
+    boxes = points = None
+    if clicks["corners"]:
+        corners = np.array(clicks["corners"], np.float32)
+        boxes = np.concatenate([corners.min(0), corners.max(0)])[None]
+    if clicks["points"]:
+        points = np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])
+    triple = dict(zip(ATTRIBUTES, texts))
+    answer = predict_image(model, image, [triple], boxes, points)
+    mask = answer.probability[0] > 0.5
+    path = None
+    if with_explanation:
+        path = os.path.join(folder, "explained.png")
+        explain(model, image, answer, boxes, points, 0, name or "structure", [triple], path)
+    said = (f"{name or 'structure'}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
+            f"{answer.iou[0]:.2f}" if mask.any() else f"{name or 'structure'}: not found; add a box or a point, or other texts")
+    return marked(image, clicks, mask, name or "structure"), said, path
+
+
+def build(model, dataset, about):
+    """The page."""
+    texts, folder = Texts(dataset), tempfile.mkdtemp(prefix="medsegr-")
+    names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
+
+    def fill(name, modality):
+        try:
+            triple = texts(name, modality)
+            return [triple[a] for a in ATTRIBUTES]
+        except InputError as e:
+            raise gr.Error(str(e))
+
+    with gr.Blocks(title="MedSeg-R", analytics_enabled=False) as page:
+        gr.Markdown(f"# MedSeg-R\n{GUIDE}\n\nModel: {about}. Research only, not for diagnosis.")
+        clicks, original = gr.State(NOBODY), gr.State(drawn())
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(drawn(), type="numpy", label="image: click on it", sources=["upload", "clipboard"],
+                                 elem_id="image", height=400, buttons=[])
+                kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a")
+                with gr.Row():
+                    clear = gr.Button("Clear clicks", elem_id="clear")
+                    another = gr.Button("Another drawn slice", elem_id="another")
+            with gr.Column():
+                with gr.Row():
+                    name = gr.Dropdown(names, value=first, label="structure", allow_custom_value=True, elem_id="name")
+                    modality = gr.Dropdown(list(VARIATION), value="ct", label="modality")
+                boxes = [gr.Textbox(value, label=a, lines=2, elem_id=a)
+                         for a, value in zip(ATTRIBUTES, fill(first, texts_modality(texts, first)))]
+                more = gr.Checkbox(True, label="explain what the texts did")
+                button = gr.Button("Find", variant="primary", elem_id="find")
+                said = gr.Markdown(elem_id="said")
+        shown = gr.Image(label="mask", elem_id="mask", interactive=False, height=400, buttons=["download"])
+        explained = gr.Image(label="what the texts did", type="filepath", elem_id="explained", interactive=False,
+                             buttons=["download", "fullscreen"])
+        number = gr.State(0)
+
+        def on_click(clicks, original, kind, event: gr.SelectData):
+            if original is None:
+                return clicks, None
+            clicks = click(clicks, kind, *event.index)
+            return clicks, marked(rgb(original), clicks)
+
+        def rgb(pixels):
+            return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels[..., :3]
+
+        def next_slice(number):
+            number = (number + 1) % 32
+            return number, drawn(number), drawn(number), NOBODY
+
+        image.upload(lambda new: (new, NOBODY), image, [original, clicks])
+        image.clear(lambda: (None, NOBODY), None, [original, clicks])
+        image.select(on_click, [clicks, original, kind], [clicks, image])
+        clear.click(lambda original: (NOBODY, original), original, [clicks, image])
+        another.click(next_slice, number, [number, original, image, clicks])
+        name.select(fill, [name, modality], boxes)
+        modality.select(fill, [name, modality], boxes)
+
+        def on_find(image, clicks, name, more, *three):
+            try:
+                return find(model, image, clicks, name, three, more, folder)
+            except (InputError, ModelError, ValueError) as e:
+                raise gr.Error(str(e))
+
+        button.click(on_find, [original, clicks, name, more, *boxes], [shown, said, explained])
+    return page, folder
+
+
+def texts_modality(texts, name):
+    """A modality that a class has texts for."""
+    for modality in VARIATION:
+        try:
+            texts(name, modality)
+            return modality
+        except InputError:
+            continue
+    return "ct"
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="a .safetensors file or its folder (default: newest in out)")
+    parser.add_argument("--dataset", help="whose classes are offered (default: the checkpoint's)")
+    parser.add_argument("--sam-checkpoint"), parser.add_argument("--clip")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args()
+    given = {k: getattr(args, k) for k in ("sam_checkpoint", "clip") if getattr(args, k)}
+    if args.checkpoint and not Path(args.checkpoint).exists():
+        raise InputError(f"--checkpoint {args.checkpoint}: no such file or folder; train one with: make demo")
+    model, dataset, about = load(args.checkpoint, **given)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
+    page, folder = build(model, args.dataset or dataset, about)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
+                    allowed_paths=[folder], css=LARGE, quiet=True,
+                    theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))  # no web fonts
+    except OSError as e:
+        raise InputError(f"--port {args.port}: {e}; give another") from None
+
+
+if __name__ == "__main__":
+    run(main, ModelError)
