@@ -54,7 +54,7 @@ def draw_targets(sample, rng, max_targets, absent):
     return drawn
 
 
-def make_batch(samples, texts, rng, max_targets=4, absent=0.25):
+def make_batch(samples, texts, rng, max_targets=4, absent=0.1):
     """Samples -> Batch of targets, drawn per image, with texts in random wordings and no prompts yet.
 
     absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. M can be 0

@@ -194,7 +194,7 @@ def parse():
     add("--batch-size", type=int, default=12, help="images per process and step")
     add("--accumulate", type=int, default=1, help="batches per step: memory for time, the same gradient")
     add("--targets", type=int, default=4, help="structures asked for per image")
-    add("--absent", type=float, default=0.25, help="how often an absent structure is asked for, without a prompt")
+    add("--absent", type=float, default=0.1, help="how often an absent structure is asked for, without a prompt")
     add("--jitter", type=float, default=0.1, help="move, scale and turn features by up to this much; 0: not at all")
     add("--rounds", type=int, default=1, help="SAM-Med2D's interaction: further ones see the last mask and points")
     add("--views", type=int, default=0, help="variations of each image, encoded and cached as the image is")
