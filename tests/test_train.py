@@ -347,7 +347,7 @@ def test_evaluation_of_the_demo(demo_run, tmp_path, cache_folder):
                   "--plots", tmp_path / "plots", "--cache", cache_folder)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(out.read_text())
-    assert result["dataset"] == "demo" and result["prompt"] == "none" and len(result["cases"]) == 32
+    assert result["dataset"] == "demo" and result["prompt"] == "none" and len(set(result["volumes"]["case"])) == 32
     assert result["table"]["liver"]["dice_strict"] > 0.5 and result["table"]["mean"]["dice_strict"] > 0.25
     assert f"{result['table']['liver']['dice']:.4f}" in done.stdout
     picture = (tmp_path / "plots" / "demo-none.png").read_bytes()
