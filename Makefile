@@ -19,8 +19,9 @@ demo: .venv/ready
 	$(BIN)/python predict.py out/demo/slice.png --checkpoint out/demo/last.safetensors --target liver --target spleen \
 		--explain --out out/demo/predict
 
+# two processes, with a thread each: a third less time than one process with two threads
 test: .venv/ready
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 clean:
 	rm -rf .venv out cache

@@ -137,6 +137,7 @@ def overlap_and_small(rows, path):
             axis.plot([*turn, turn[0]], [*values, values[0]], **style, label=label, markersize=4, linewidth=1.4)
         counts = next(iter(spokes.values()))
         axis.set_xticks(turn, [f"{m}\n(n = {counts[m][1]})" for m in names], fontsize=8)
+        axis.tick_params(axis="x", pad=12)
         axis.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
         axis.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=7, color="#555555")
         axis.set_title(f"prompt {prompt}: Dice of small objects (below 5 % of the image)", fontsize=10, pad=22)
