@@ -113,7 +113,7 @@ def explain(model, image, answer, boxes, points, target, name, triples, path, pr
     lines = "\n".join(textwrap.fill(f"{kind}: {triples[target][kind]}", 190) for kind in ATTRIBUTES)
     figure.suptitle(f"{name}: what its texts did", fontsize=13, y=0.99)
     figure.text(0.03, 0.965, lines, fontsize=9, va="top")
-    figure.subplots_adjust(0.03, 0.02, 0.96, 0.86, wspace=0.22, hspace=0.28)
+    figure.subplots_adjust(0.03, 0.02, 0.94, 0.86, wspace=0.22, hspace=0.28)
     figure.savefig(path, dpi=100, format="png")
     plt.close(figure)
 

@@ -141,7 +141,7 @@ def overlap_and_small(rows, path):
         axis.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
         axis.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=7, color="#555555")
         axis.set_title(f"prompt {prompt}: Dice of small objects (below 5 % of the image)", fontsize=10, pad=22)
-        axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(-0.28, -0.12))
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.45, 1.0))
     save(figure, path)
 
 
@@ -149,7 +149,7 @@ def box_plots(boxes, path, title):
     """Figure 4. boxes: {class: {method: [Dice of each case]}}; the cases are drawn as well."""
     methods = list(dict.fromkeys(m for labels in boxes.values() for m in labels))
     figure, axis = plt.subplots(figsize=(max(6, 0.55 * len(boxes) * (len(methods) + 0.8) + 1.2), 4.2))
-    width = 0.8 / len(methods)
+    width, handles = 0.8 / len(methods), []
     for m, method in enumerate(methods):
         colour, hatch = STYLES[m % len(STYLES)]["color"], HATCHES[m % len(HATCHES)]
         places = [k + (m - (len(methods) - 1) / 2) * width for k, labels in enumerate(boxes.values()) if method in labels]
@@ -161,11 +161,12 @@ def box_plots(boxes, path, title):
         for place, each in zip(places, values):
             if len(each) <= 50:
                 axis.plot(place + np.linspace(-0.2, 0.2, len(each)) * width, each, "o", color="black", markersize=3)
-        axis.bar(0, 0, facecolor=(*to_rgb(colour), 0.35), hatch=hatch, edgecolor=colour, label=method)
+        handles.append(Patch(facecolor=(*to_rgb(colour), 0.35), hatch=hatch, edgecolor=colour, label=method))
     counts = [max(map(len, labels.values())) for labels in boxes.values()]
     axis.set_xticks(range(len(boxes)), [f"{name}\n(n = {n})" for name, n in zip(boxes, counts)], fontsize=8)
     axis.set(ylabel="Dice", ylim=(-0.03, 1.03), title=title)
-    axis.legend(frameon=False, fontsize=8, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axis.legend(handles=handles, frameon=False, fontsize=8, ncols=len(methods), loc="upper center",
+                bbox_to_anchor=(0.5, -0.16))
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
