@@ -21,7 +21,7 @@ demo: .venv/ready
 
 # two processes, with a thread each: a third less time than one process with two threads
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 clean:
 	rm -rf .venv out cache

@@ -16,6 +16,11 @@ medsegr.TextEncoder = functools.lru_cache(maxsize=None)(medsegr.TextEncoder)
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest first: of two processes the other one does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
 @pytest.fixture(scope="session")
 def real_data():
     if not REAL_DATA.is_dir():

@@ -98,21 +98,22 @@ def test_the_first_mask(page, tmp_path):
 
 def test_a_box_by_two_clicks_and_bad_uploads(page, tmp_path):
     page.click("text=corner of a box")
-    box = page.locator("#image img").bounding_box()
+    picture = page.locator("#image img")
+    box = picture.bounding_box()
     side = min(box["width"], box["height"])  # the square picture, in the middle of its element
-    x0, y0 = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    left, top = (box["width"] - side) / 2, (box["height"] - side) / 2
     for x, y in ((0.2, 0.2), (0.6, 0.7)):
         before = page.get_attribute("#image img", "src")
-        page.mouse.click(x0 + x * side, y0 + y * side)
-        page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=20_000)
+        picture.click(position=dict(x=left + x * side, y=top + y * side))  # scrolls there first
+        page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=60_000)
     assert "pixels" in press_find(page, "pixels")  # LiteMedSAM with a box finds something
     before = page.get_attribute("#image img", "src")
     page.click("#clear")
-    page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=20_000)
+    page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=60_000)
 
     page.click("[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']")
     page.click("#find")
-    page.wait_for_selector("text=There is no image", timeout=20_000)
+    page.wait_for_selector("text=There is no image", timeout=60_000)
     (tmp_path / "bad.png").write_bytes(b"this is no picture")
     page.set_input_files("#image input[type=file]", tmp_path / "bad.png")
     time.sleep(2)
@@ -121,10 +122,10 @@ def test_a_box_by_two_clicks_and_bad_uploads(page, tmp_path):
     page.wait_for_selector("#image img", timeout=60_000)
     page.click("[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']")
     page.set_input_files("#image input[type=file]", tmp_path / "good.png")
-    page.wait_for_selector("#image img", timeout=20_000)
+    page.wait_for_selector("#image img", timeout=60_000)
     page.fill("#position textarea", "   ")
     page.click("#find")
-    page.wait_for_selector("text=All three texts are needed", timeout=20_000)
+    page.wait_for_selector("text=All three texts are needed", timeout=60_000)
     page.fill("#position textarea", "in the middle")
     press_find(page, "liver")
     assert page.hosts == {f"127.0.0.1:{page.port}"}
