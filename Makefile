@@ -19,7 +19,7 @@ demo: .venv/ready
 	$(BIN)/python predict.py out/demo/slice.png --checkpoint out/demo/last.safetensors --target liver --target spleen \
 		--explain --out out/demo/predict
 
-# two processes, with a thread each: a third less time than one process with two threads
+# two processes with a thread each, the longest file in one of them (tests/conftest.py)
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 

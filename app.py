@@ -50,6 +50,11 @@ def drawn(number=0):
     return np.repeat(image[..., None], 3, 2)
 
 
+def rgb(pixels):
+    """uint8 [H,W] or [H,W,3 or 4] -> [H,W,3]."""
+    return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels[..., :3]
+
+
 def marked(image, clicks, mask=None, name="mask"):
     """The image uint8 [H,W,3] with the clicks and the mask on it, in the same size: clicks lie where they were made."""
     h, w = image.shape[:2]
@@ -91,7 +96,8 @@ def find(model, image, clicks, name, texts, with_explanation, folder):
         raise gr.Error("All three texts are needed: choose a structure, or write them.")
     if len(clicks["corners"]) == 1:
         raise gr.Error("A box needs two corners: click the opposite one, or clear the clicks.")
-    image = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image[..., :3]
+    name = name or "structure"
+    image = rgb(image)
     boxes = points = None
     if clicks["corners"]:
         corners = np.array(clicks["corners"], np.float32)
@@ -104,10 +110,12 @@ def find(model, image, clicks, name, texts, with_explanation, folder):
     path = None
     if with_explanation:
         path = os.path.join(folder, "explained.png")
-        explain(model, image, answer, boxes, points, 0, name or "structure", [triple], path)
-    said = (f"{name or 'structure'}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
-            f"{answer.iou[0]:.2f}" if mask.any() else f"{name or 'structure'}: not found; add a box or a point, or other texts")
-    return marked(image, clicks, mask, name or "structure"), said, path
+        explain(model, image, answer, boxes, points, 0, name, [triple], path)
+    said = f"{name}: not found; add a box or a point, or other texts"
+    if mask.any():
+        said = (f"{name}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
+                f"{answer.iou[0]:.2f}")
+    return marked(image, clicks, mask, name), said, path
 
 
 def build(model, dataset, about):
@@ -152,9 +160,6 @@ def build(model, dataset, about):
                 return clicks, None
             clicks = click(clicks, kind, *event.index)
             return clicks, marked(rgb(original), clicks)
-
-        def rgb(pixels):
-            return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels[..., :3]
 
         def next_slice(number):
             number = (number + 1) % 32

@@ -9,6 +9,7 @@ from data import ATTRIBUTES
 from medsegr import modulate
 from metrics import dice
 from plots import plt
+from predict import predict_image
 
 MEANING = dict(fused="features changed by the texts", sem="their meaning, by channel attention", sam="SAM's own features")
 
@@ -27,7 +28,6 @@ def without(triples, target, kind):
 @torch.no_grad()
 def explain(model, image, answer, boxes, points, target, name, triples, path, precision="float32"):
     """Draws PATH for one target of predict_image()'s Answer: image uint8 [H,W,3], target its number, name its name."""
-    from predict import predict_image
     size, priors, config = image.shape[:2], answer.priors, model.config
     probability = answer.probability[target]
     mask = probability > 0.5

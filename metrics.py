@@ -204,8 +204,9 @@ def bootstrap(values, seed=0, n=2000, level=0.95):
 def bootstrap_means(sums, counts, seed=0, n=2000, level=0.95):
     """bootstrap() of K groups at once, whose cases are resampled together.
 
-    sums, counts [cases,K], dense or sparse: of the values that a case has in a group, and how many they are -> K + 1 intervals: of each
-    group's mean over all its values, and of the mean over the groups. None for a group of fewer than two cases.
+    sums, counts [cases,K], dense or sparse: of the values that a case has in a group, and how many they are -> K + 1
+    intervals: of each group's mean over all its values, and of the mean over the groups. None for a group of fewer than
+    two cases.
     """
     cases, rng = sums.shape[0], np.random.default_rng(seed)
     if cases < 2:

@@ -245,8 +245,8 @@ def draft(args):
             raise InputError(f"{image}: the model answers nothing; is --model {args.model} one that sees images?")
         text = re.sub(r"^===", "= =", text, flags=re.M)
         # the file is read again: someone may be reviewing it
-        before = out.read_text() if out.is_file() else ""
-        write_atomically(out, (before + "\n" * bool(before) + str(Report(name, tuple(args.targets), "draft", text))).encode())
+        before = out.read_text() + "\n" if out.is_file() else ""
+        write_atomically(out, (before + str(Report(name, tuple(args.targets), "draft", text))).encode())
     print(f"{out}: read and correct it, and write reviewed in place of draft; next: python report.py extract {out}")
 
 
