@@ -1,12 +1,12 @@
-"""A page to try the model on: choose or upload an image, pick or write the texts, click points or a box, see the mask.
+"""A page to try the model on: choose or upload an image, pick or write the texts, click points, drag a box, see the mask.
 
     python app.py                      the newest checkpoint in out, or the untrained model on LiteMedSAM's weights
     python app.py --checkpoint out/synapse --port 7860
 
 It runs on this machine (127.0.0.1) and sends nothing anywhere.
 """
+import io
 import os
-import tempfile
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -16,6 +16,7 @@ import gradio as gr  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import plots  # noqa: E402
 from common import InputError, Parser, run  # noqa: E402
@@ -26,11 +27,48 @@ from medsegr import Config, MedSegR, ModelError, load_checkpoint  # noqa: E402
 from predict import predict_image  # noqa: E402
 from readers import Demo  # noqa: E402
 
-CLICKS = ("point inside", "point outside", "corner of a box")
-LARGE = "#image img, #mask img {width: 100%; height: 100%; object-fit: contain}"
-NOBODY = dict(points=[], labels=[], corners=[])
+CLICKS = ("inside the structure", "outside of it")
+STYLE = """#image img, #mask img {width: 100%; height: 100%; object-fit: contain}
+#image img {touch-action: none; cursor: crosshair}
+#band {position: fixed; border: 2px dashed white; outline: 1px solid black; pointer-events: none}"""
+NOTHING = dict(points=[], labels=[], box=None)
 GUIDE = """**1** Take the drawn slice, or upload an image. **2** Choose a structure, or write three texts of your own.
-**3** If you like, click on the image: points, or two opposite corners of a box. **4** Press *Find*."""
+**3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
+
+# A drag over the image becomes a box: x0 y0 x1 y1 in its pixels and the time, which makes each drag a new value, written
+# into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies in the middle of its element (object-fit: contain).
+DRAG = """() => {
+  let img = null, from = null, band = null, ended = 0;
+  const pixel = (x, y) => {
+    const r = img.getBoundingClientRect(), w = img.naturalWidth, h = img.naturalHeight;
+    const scale = Math.min(r.width / w, r.height / h);
+    const inside = (v, n) => Math.max(0, Math.min(n - 1, v));
+    return [inside((x - r.left - (r.width - w * scale) / 2) / scale - 0.5, w),
+            inside((y - r.top - (r.height - h * scale) / 2) / scale - 0.5, h)];
+  };
+  addEventListener("dragstart", e => { if (e.target.closest("#image img")) e.preventDefault(); });
+  addEventListener("pointerdown", e => {
+    if (e.button || !e.target.matches("#image img")) return;
+    img = e.target; from = [e.clientX, e.clientY];
+  }, true);
+  addEventListener("pointermove", e => {
+    if (!from || !band && Math.hypot(e.clientX - from[0], e.clientY - from[1]) < 6) return;
+    if (!band) { band = document.createElement("div"); band.id = "band"; document.body.append(band); }
+    Object.assign(band.style, {left: Math.min(from[0], e.clientX) + "px", top: Math.min(from[1], e.clientY) + "px",
+      width: Math.abs(e.clientX - from[0]) + "px", height: Math.abs(e.clientY - from[1]) + "px"});
+  }, true);
+  addEventListener("pointerup", e => {
+    if (band) {
+      const field = document.querySelector("#dragged textarea, #dragged input");
+      band.remove(); ended = Date.now();
+      field.value = [...pixel(...from), ...pixel(e.clientX, e.clientY), ended].map(v => v.toFixed(1)).join(" ");
+      field.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+    from = band = null;
+  }, true);
+  addEventListener("pointercancel", () => { band?.remove(); from = band = null; }, true);
+  addEventListener("click", e => { if (Date.now() - ended < 300 && e.target.closest("#image")) e.stopPropagation(); }, true);
+}"""
 
 
 def load(checkpoint, **given):
@@ -64,11 +102,8 @@ def marked(image, clicks, mask=None, name="mask"):
     axis.axis("off")
     for (x, y), label in zip(clicks["points"], clicks["labels"]):
         axis.plot(x, y, marker="+" if label else "x", color="white", markersize=9, markeredgewidth=2)
-    corners = np.array(clicks["corners"], float).reshape(-1, 2)
-    if len(corners) == 1:
-        axis.plot(*corners[0], marker="s", markerfacecolor="none", color="white", markersize=6)
-    if len(corners) == 2:
-        (x0, y0), (x1, y1) = corners.min(0), corners.max(0)
+    if clicks["box"]:
+        x0, y0, x1, y1 = clicks["box"]
         axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--"))
     axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
     figure.canvas.draw()
@@ -78,50 +113,46 @@ def marked(image, clicks, mask=None, name="mask"):
 
 
 def click(clicks, kind, x, y):
-    """The clicks and one more. A third corner begins a new box."""
-    clicks = {k: list(v) for k, v in clicks.items()}
-    if kind == "corner of a box":
-        clicks["corners"] = [*(clicks["corners"] if len(clicks["corners"]) < 2 else []), [x, y]]
-    else:
-        clicks["points"].append([x, y])
-        clicks["labels"].append(int(kind == "point inside"))
-    return clicks
+    """The clicks and one more point."""
+    return clicks | dict(points=[*clicks["points"], [x, y]], labels=[*clicks["labels"], int(kind == CLICKS[0])])
 
 
-def find(model, image, clicks, name, texts, with_explanation, folder):
-    """-> (image with the mask, a line about it, path of the explanation or None)."""
+def drag(clicks, dragged):
+    """The clicks with the box "x0 y0 x1 y1 ...", two opposite corners in any order, in place of an earlier one."""
+    corners = np.array(dragged.split()[:4], float).reshape(2, 2)
+    return clicks | dict(box=[*corners.min(0).tolist(), *corners.max(0).tolist()])
+
+
+def find(model, image, clicks, name, texts, with_explanation):
+    """-> (image with the mask, a line about it, the explanation or None)."""
     if image is None:
         raise gr.Error("There is no image: upload one, or take the drawn slice.")
     if not all(t.strip() for t in texts):
         raise gr.Error("All three texts are needed: choose a structure, or write them.")
-    if len(clicks["corners"]) == 1:
-        raise gr.Error("A box needs two corners: click the opposite one, or clear the clicks.")
     name = name or "structure"
     image = rgb(image)
-    boxes = points = None
-    if clicks["corners"]:
-        corners = np.array(clicks["corners"], np.float32)
-        boxes = np.concatenate([corners.min(0), corners.max(0)])[None]
-    if clicks["points"]:
-        points = np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])
+    boxes = np.array([clicks["box"]], np.float32) if clicks["box"] else None
+    points = (np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])) if clicks["points"] else None
     triple = dict(zip(ATTRIBUTES, texts))
     answer = predict_image(model, image, [triple], boxes, points)
     mask = answer.probability[0] > 0.5
-    path = None
+    picture = None
     if with_explanation:
-        path = os.path.join(folder, "explained.png")
-        explain(model, image, answer, boxes, points, 0, name, [triple], path)
+        file = io.BytesIO()
+        explain(model, image, answer, boxes, points, 0, name, [triple], file)
+        picture = Image.open(file)
     said = f"{name}: not found; add a box or a point, or other texts"
     if mask.any():
         said = (f"{name}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
                 f"{answer.iou[0]:.2f}")
-    return marked(image, clicks, mask, name), said, path
+    return marked(image, clicks, mask, name), said, picture
 
 
 def build(model, dataset, about):
     """The page."""
-    texts, folder = Texts(dataset), tempfile.mkdtemp(prefix="medsegr-")
+    texts = Texts(dataset)
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
+    first_modality = texts_modality(texts, first)
 
     def fill(name, modality):
         try:
@@ -130,57 +161,62 @@ def build(model, dataset, about):
         except InputError as e:
             raise gr.Error(str(e))
 
-    with gr.Blocks(title="MedSeg-R", analytics_enabled=False) as page:
+    # what was uploaded and drawn is deleted after an hour, and when the page is stopped
+    with gr.Blocks(title="MedSeg-R", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# MedSeg-R\n{GUIDE}\n\nModel: {about}. Research only, not for diagnosis.")
-        clicks, original = gr.State(NOBODY), gr.State(drawn())
+        clicks, original = gr.State(NOTHING), gr.State(drawn())
         with gr.Row():
             with gr.Column():
-                image = gr.Image(drawn(), type="numpy", label="image: click on it", sources=["upload", "clipboard"],
+                image = gr.Image(drawn(), type="numpy", label="image: click points, drag a box", sources=["upload", "clipboard"],
                                  elem_id="image", height=400, buttons=[])
-                kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a")
+                dragged = gr.Textbox(visible="hidden", elem_id="dragged")
+                kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a point")
                 with gr.Row():
-                    clear = gr.Button("Clear clicks", elem_id="clear")
+                    clear = gr.Button("Clear points and box", elem_id="clear")
                     another = gr.Button("Another drawn slice", elem_id="another")
             with gr.Column():
                 with gr.Row():
                     name = gr.Dropdown(names, value=first, label="structure", allow_custom_value=True, elem_id="name")
-                    modality = gr.Dropdown(list(VARIATION), value="ct", label="modality")
+                    modality = gr.Dropdown(list(VARIATION), value=first_modality, label="modality")
                 boxes = [gr.Textbox(value, label=a, lines=2, elem_id=a)
-                         for a, value in zip(ATTRIBUTES, fill(first, texts_modality(texts, first)))]
+                         for a, value in zip(ATTRIBUTES, fill(first, first_modality))]
                 more = gr.Checkbox(True, label="explain what the texts did")
                 button = gr.Button("Find", variant="primary", elem_id="find")
                 said = gr.Markdown(elem_id="said")
         shown = gr.Image(label="mask", elem_id="mask", interactive=False, height=400, buttons=["download"])
-        explained = gr.Image(label="what the texts did", type="filepath", elem_id="explained", interactive=False,
+        explained = gr.Image(label="what the texts did", format="png", elem_id="explained", interactive=False,
                              buttons=["download", "fullscreen"])
         number = gr.State(0)
 
         def on_click(clicks, original, kind, event: gr.SelectData):
-            if original is None:
-                return clicks, None
             clicks = click(clicks, kind, *event.index)
+            return clicks, marked(rgb(original), clicks)
+
+        def on_drag(clicks, original, dragged):
+            clicks = drag(clicks, dragged)
             return clicks, marked(rgb(original), clicks)
 
         def next_slice(number):
             number = (number + 1) % 32
-            return number, drawn(number), drawn(number), NOBODY
+            return number, drawn(number), drawn(number), NOTHING
 
-        image.upload(lambda new: (new, NOBODY), image, [original, clicks])
-        image.clear(lambda: (None, NOBODY), None, [original, clicks])
+        image.upload(lambda new: (new, NOTHING), image, [original, clicks])
+        image.clear(lambda: (None, NOTHING), None, [original, clicks])
         image.select(on_click, [clicks, original, kind], [clicks, image])
-        clear.click(lambda original: (NOBODY, original), original, [clicks, image])
+        dragged.change(on_drag, [clicks, original, dragged], [clicks, image])
+        clear.click(lambda original: (NOTHING, original), original, [clicks, image])
         another.click(next_slice, number, [number, original, image, clicks])
         name.select(fill, [name, modality], boxes)
         modality.select(fill, [name, modality], boxes)
 
         def on_find(image, clicks, name, more, *three):
             try:
-                return find(model, image, clicks, name, three, more, folder)
+                return find(model, image, clicks, name, three, more)
             except (InputError, ModelError, ValueError) as e:
                 raise gr.Error(str(e))
 
         button.click(on_find, [original, clicks, name, more, *boxes], [shown, said, explained])
-    return page, folder
+    return page
 
 
 def texts_modality(texts, name):
@@ -207,10 +243,10 @@ def main():
     model, dataset, about = load(args.checkpoint, **given)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
-    page, folder = build(model, args.dataset or dataset, about)
+    page = build(model, args.dataset or dataset, about)
     try:
         page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
-                    allowed_paths=[folder], css=LARGE, quiet=True,
+                    css=STYLE, js=DRAG, quiet=True, run_history=False,
                     theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))  # no web fonts
     except OSError as e:
         raise InputError(f"--port {args.port}: {e}; give another") from None

@@ -27,7 +27,8 @@ def without(triples, target, kind):
 
 @torch.no_grad()
 def explain(model, image, answer, boxes, points, target, name, triples, path, precision="float32"):
-    """Draws PATH for one target of predict_image()'s Answer: image uint8 [H,W,3], target its number, name its name."""
+    """Draws PATH, or an open file, for one target of predict_image()'s Answer: image uint8 [H,W,3], target its number,
+    name its name."""
     size, priors, config = image.shape[:2], answer.priors, model.config
     probability = answer.probability[target]
     mask = probability > 0.5

@@ -22,12 +22,13 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 def test_clicks():
-    clicks = app.NOBODY
-    for kind, x in zip(("point inside", "point outside", "corner of a box", "corner of a box"), range(4)):
+    clicks = app.NOTHING
+    for kind, x in zip((*app.CLICKS, app.CLICKS[0]), range(3)):
         clicks = app.click(clicks, kind, x, x + 1)
-    assert clicks == dict(points=[[0, 1], [1, 2]], labels=[1, 0], corners=[[2, 3], [3, 4]])
-    assert app.click(clicks, "corner of a box", 9, 9)["corners"] == [[9, 9]]
-    assert app.NOBODY == dict(points=[], labels=[], corners=[])
+    assert clicks == dict(points=[[0, 1], [1, 2], [2, 3]], labels=[1, 0, 1], box=None)
+    clicks = app.drag(app.drag(clicks, "0 0 9.5 9"), "30 4 2.5 11 1764000000000.0")
+    assert clicks["box"] == [2.5, 4, 30, 11] and len(clicks["points"]) == 3
+    assert app.NOTHING == dict(points=[], labels=[], box=None)
     image = np.zeros((37, 91, 3), np.uint8)
     mask = np.zeros((37, 91), bool)
     mask[3:20, 5:40] = True
@@ -35,15 +36,14 @@ def test_clicks():
     assert drawn.shape == image.shape and drawn.any()
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_what_is_missing_is_said():
     model = MedSegR(Config(image_size=64, feature_grid=8)).eval()
     image, texts = np.zeros((40, 50), np.uint8), ("left", "bright", "round")
-    for wrong in ((None, app.NOBODY, "x", texts), (image, app.NOBODY, "x", ("left", " ", "round")),
-                  (image, dict(app.NOBODY, corners=[[1, 1]]), "x", texts)):
+    for wrong in ((None, app.NOTHING, "x", texts), (image, app.NOTHING, "x", ("left", " ", "round"))):
         with pytest.raises(gr.Error):
-            app.find(model, *wrong, False, tmp_path)
-    shown, said, path = app.find(model, image, dict(app.NOBODY, corners=[[30, 20], [5, 8]]), "", texts, False, tmp_path)
-    assert shown.shape == (40, 50, 3) and path is None and "structure" in said
+            app.find(model, *wrong, False)
+    shown, said, picture = app.find(model, image, app.NOTHING | dict(box=[5, 8, 30, 20]), "", texts, False)
+    assert shown.shape == (40, 50, 3) and picture is None and "structure" in said
 
 
 @pytest.fixture(scope="module")
@@ -96,31 +96,49 @@ def test_the_first_mask(page, tmp_path):
     assert page.hosts == {f"127.0.0.1:{page.port}"}  # nothing is loaded from, or sent, elsewhere
 
 
-def test_a_box_by_two_clicks_and_bad_uploads(page, tmp_path):
-    page.click("text=corner of a box")
-    picture = page.locator("#image img")
-    box = picture.bounding_box()
-    side = min(box["width"], box["height"])  # the square picture, in the middle of its element
-    left, top = (box["width"] - side) / 2, (box["height"] - side) / 2
-    for x, y in ((0.2, 0.2), (0.6, 0.7)):
-        before = page.get_attribute("#image img", "src")
-        picture.click(position=dict(x=left + x * side, y=top + y * side))  # scrolls there first
-        page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=60_000)
-    assert "pixels" in press_find(page, "pixels")  # LiteMedSAM with a box finds something
+def new_picture(page, act):
+    """Waits until act() has changed the image."""
     before = page.get_attribute("#image img", "src")
-    page.click("#clear")
+    act()
     page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=60_000)
 
-    page.click("[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']")
+
+def test_points_and_a_box(page):
+    """A click is a point, a drag a box and no point; both lie where the hand was."""
+    picture = page.locator("#image img")
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    side = min(box["width"], box["height"])  # the square picture, in the middle of its element
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    at = lambda x, y: (left + x * side, top + y * side)
+
+    def dragging():
+        page.mouse.move(*at(0.6, 0.7))
+        page.mouse.down()
+        page.mouse.move(*at(0.4, 0.5), steps=3)
+        assert page.locator("#band").count() == 1
+        page.mouse.move(*at(0.2, 0.2), steps=3)
+        page.mouse.up()
+        assert page.locator("#band").count() == 0
+
+    new_picture(page, dragging)
+    dragged = np.array(page.input_value("#dragged textarea, #dragged input").split()[:4], float)
+    assert np.abs(dragged - np.array([0.6, 0.7, 0.2, 0.2]) * 256).max() < 2
+    assert "pixels" in press_find(page, "pixels")  # LiteMedSAM with a box finds something
+    new_picture(page, lambda: page.mouse.click(*at(0.3, 0.3)))
+    new_picture(page, lambda: page.click("#clear"))
+
+
+def test_bad_uploads(page, tmp_path):
+    away = "[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']"
+    page.click(away)
     page.click("#find")
     page.wait_for_selector("text=There is no image", timeout=60_000)
     (tmp_path / "bad.png").write_bytes(b"this is no picture")
     page.set_input_files("#image input[type=file]", tmp_path / "bad.png")
-    time.sleep(2)
+    page.wait_for_selector("text=cannot identify image file", timeout=60_000)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90), dtype=np.uint8)).save(tmp_path / "good.png")
-    page.reload()
-    page.wait_for_selector("#image img", timeout=60_000)
-    page.click("[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']")
+    page.click(away)  # the same page goes on
     page.set_input_files("#image input[type=file]", tmp_path / "good.png")
     page.wait_for_selector("#image img", timeout=60_000)
     page.fill("#position textarea", "   ")
