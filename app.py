@@ -1,4 +1,4 @@
-"""A page to try the model on: choose or upload an image, pick or write the texts, click points, drag a box, see the mask.
+"""A page to try the model on: an image, its texts, points and a box by hand; the mask and what the texts did.
 
     python app.py                      the newest checkpoint in out, or the untrained model on LiteMedSAM's weights
     python app.py --checkpoint out/synapse --port 7860
@@ -36,9 +36,10 @@ GUIDE = """**1** Take the drawn slice, or upload an image. **2** Choose a struct
 **3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
 
 # A drag over the image becomes a box: x0 y0 x1 y1 in its pixels and the time, which makes each drag a new value, written
-# into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies in the middle of its element (object-fit: contain).
+# into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies in the
+# middle of its element (object-fit: contain).
 DRAG = """() => {
-  let img = null, from = null, band = null, ended = 0;
+  let img = null, from = null, band = null, dragged = false;
   const pixel = (x, y) => {
     const r = img.getBoundingClientRect(), w = img.naturalWidth, h = img.naturalHeight;
     const scale = Math.min(r.width / w, r.height / h);
@@ -48,6 +49,7 @@ DRAG = """() => {
   };
   addEventListener("dragstart", e => { if (e.target.closest("#image img")) e.preventDefault(); });
   addEventListener("pointerdown", e => {
+    dragged = false;
     if (e.button || !e.target.matches("#image img")) return;
     img = e.target; from = [e.clientX, e.clientY];
   }, true);
@@ -60,14 +62,14 @@ DRAG = """() => {
   addEventListener("pointerup", e => {
     if (band) {
       const field = document.querySelector("#dragged textarea, #dragged input");
-      band.remove(); ended = Date.now();
-      field.value = [...pixel(...from), ...pixel(e.clientX, e.clientY), ended].map(v => v.toFixed(1)).join(" ");
+      band.remove(); dragged = true;
+      field.value = [...pixel(...from), ...pixel(e.clientX, e.clientY), Date.now()].map(v => v.toFixed(1)).join(" ");
       field.dispatchEvent(new Event("input", {bubbles: true}));
     }
     from = band = null;
   }, true);
   addEventListener("pointercancel", () => { band?.remove(); from = band = null; }, true);
-  addEventListener("click", e => { if (Date.now() - ended < 300 && e.target.closest("#image")) e.stopPropagation(); }, true);
+  addEventListener("click", e => { if (dragged && e.target.closest("#image")) e.stopPropagation(); }, true);
 }"""
 
 
@@ -167,8 +169,8 @@ def build(model, dataset, about):
         clicks, original = gr.State(NOTHING), gr.State(drawn())
         with gr.Row():
             with gr.Column():
-                image = gr.Image(drawn(), type="numpy", label="image: click points, drag a box", sources=["upload", "clipboard"],
-                                 elem_id="image", height=400, buttons=[])
+                image = gr.Image(drawn(), type="numpy", label="image: click points, drag a box", elem_id="image",
+                                 sources=["upload", "clipboard"], height=400, buttons=[])
                 dragged = gr.Textbox(visible="hidden", elem_id="dragged")
                 kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a point")
                 with gr.Row():
