@@ -7,6 +7,9 @@ It runs on this machine (127.0.0.1) and sends nothing anywhere.
 """
 import io
 import os
+import signal
+import sys
+import tempfile
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -35,9 +38,9 @@ NOTHING = dict(points=[], labels=[], box=None)
 GUIDE = """**1** Take the drawn slice, or upload an image. **2** Choose a structure, or write three texts of your own.
 **3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
 
-# A drag over the image becomes a box: x0 y0 x1 y1 in its pixels and the time, which makes each drag a new value, written
-# into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies in the
-# middle of its element (object-fit: contain).
+# A drag over the image becomes a box: x0 y0 x1 y1 in its pixels and the time, which makes each drag a new value,
+# written into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies
+# in the middle of its element (object-fit: contain).
 DRAG = """() => {
   let img = null, from = null, band = null, dragged = false;
   const pixel = (x, y) => {
@@ -163,7 +166,7 @@ def build(model, dataset, about):
         except InputError as e:
             raise gr.Error(str(e))
 
-    # what was uploaded and drawn is deleted after an hour, and when the page is stopped
+    # what was uploaded and drawn is deleted after an hour, and by main() when the page is stopped
     with gr.Blocks(title="MedSeg-R", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# MedSeg-R\n{GUIDE}\n\nModel: {about}. Research only, not for diagnosis.")
         clicks, original = gr.State(NOTHING), gr.State(drawn())
@@ -245,13 +248,16 @@ def main():
     model, dataset, about = load(args.checkpoint, **given)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
-    page = build(model, args.dataset or dataset, about)
-    try:
-        page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
-                    css=STYLE, js=DRAG, quiet=True, run_history=False,
-                    theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))  # no web fonts
-    except OSError as e:
-        raise InputError(f"--port {args.port}: {e}; give another") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder as well
+    with tempfile.TemporaryDirectory(prefix="medsegr-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build(model, args.dataset or dataset, about)
+        try:
+            page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
+                        css=STYLE, js=DRAG, quiet=True, run_history=False,
+                        theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]))  # no web fonts
+        except OSError as e:
+            raise InputError(f"--port {args.port}: {e}; give another") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The page, in a real headless browser: the first mask, clicks, a box, other texts, and bad uploads."""
+import os
 import shutil
 import subprocess
 import sys
@@ -56,8 +57,9 @@ def page(tmp_path_factory):
     save_checkpoint(MedSegR(Config(feature_grid=16)), folder / "last.safetensors", dataset="synapse")
     port = free_port()
     log = open(folder / "log.txt", "w")
+    (folder / "tmp").mkdir()
     server = subprocess.Popen([sys.executable, "-W", "ignore", "app.py", "--checkpoint", folder, "--port", str(port)],
-                              cwd=ROOT, stdout=log, stderr=log)
+                              cwd=ROOT, stdout=log, stderr=log, env=os.environ | dict(TMPDIR=str(folder / "tmp")))
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=QUIET)
         page = browser.new_page(viewport=dict(width=1200, height=1500))
@@ -71,11 +73,13 @@ def page(tmp_path_factory):
                 assert server.poll() is None, (folder / "log.txt").read_text()
                 time.sleep(1)
         page.wait_for_selector("#image img", timeout=60_000)
-        page.port = port
+        page.port, page.kept = port, folder / "tmp"
         yield page
         browser.close()
+    assert list(page.kept.rglob("*.png"))
     server.terminate()
     server.wait(20)
+    assert not list(page.kept.glob("medsegr-*"))  # no image stays behind
 
 
 def press_find(page, says):
