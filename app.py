@@ -79,12 +79,13 @@ DRAG = """() => {
 def load(checkpoint, **given):
     """-> (model, the data set whose texts it knows, a line that says what it is)."""
     try:
-        model, record = load_checkpoint(checkpoint or newest_checkpoint(), **given)
-        return model, record.get("dataset") or "synapse", f"trained on {record.get('dataset')}"
+        checkpoint = checkpoint or newest_checkpoint()
     except InputError:  # nothing trained yet
-        return MedSegR(Config(**given)).eval(), "synapse", ("**untrained**: the texts do nothing yet, and it gives the "
-                                                            "masks of LiteMedSAM, which needs a box; `make demo` trains "
-                                                            "a small one")
+        about = ("**untrained**: the texts do nothing yet, and it gives the masks of LiteMedSAM, which needs a box; "
+                 "`make demo` trains a small one")
+        return MedSegR(Config(**given)).eval(), "synapse", about
+    model, record = load_checkpoint(checkpoint, **given)
+    return model, record.get("dataset") or "synapse", f"trained on {record.get('dataset') or 'unknown data'}"
 
 
 def drawn(number=0):

@@ -8,9 +8,8 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import linregress
 
 from conftest import fails
-from metrics import (METRICS, border, bootstrap, bootstrap_difference, bootstrap_means, bounding_box, dice,
-                     hd95, iou, label_boxes,
-                     nearest, neighbours, overlap_rate, pearson, score, score_labels, surface_distances)
+from metrics import (METRICS, border, bootstrap, bootstrap_difference, bootstrap_means, bounding_box, dice, hd95, iou,
+                     label_boxes, nearest, neighbours, overlap_rate, pearson, score, score_labels, surface_distances)
 from readers import ORGANS
 
 
