@@ -26,7 +26,7 @@ from common import InputError, Parser, run  # noqa: E402
 from data import ATTRIBUTES, VARIATION, Texts  # noqa: E402
 from eval import newest_checkpoint  # noqa: E402
 from explain import explain  # noqa: E402
-from medsegr import Config, MedSegR, ModelError, load_checkpoint  # noqa: E402
+from medsegr import Config, MedSegR, load_checkpoint  # noqa: E402
 from predict import predict_image  # noqa: E402
 from readers import Demo  # noqa: E402
 
@@ -218,7 +218,7 @@ def build(model, dataset, about):
         def on_find(image, clicks, name, more, *three):
             try:
                 return find(model, image, clicks, name, three, more)
-            except (InputError, ModelError, ValueError) as e:
+            except (InputError, ValueError) as e:
                 raise gr.Error(str(e))
 
         button.click(on_find, [original, clicks, name, more, *boxes], [shown, said, explained])
@@ -262,4 +262,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

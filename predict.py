@@ -24,10 +24,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import plots
-from common import InputError, Parser, make_folder, run, whole, write_atomically
+from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, whole,
+                    write_atomically)
 from data import ATTRIBUTES, VARIATION, Texts, make_sample, to_original
-from eval import add_runtime_flags, autocast, check_runtime_flags, newest_checkpoint
-from medsegr import ModelError, load_checkpoint
+from eval import autocast, newest_checkpoint
+from medsegr import load_checkpoint
 from prepare import UPRIGHT, WINDOWS, Grid, read_grid, slabs
 from readers import Picture, read_image
 
@@ -334,4 +335,4 @@ def save_mask(path, mask):
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

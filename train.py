@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from batches import Batches, correction_points, move
 from cache import FeatureCache, fill
-from common import InputError, Parser, make_folder, run
+from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
+                    total)
 from data import PROMPTS, Texts, add_data_flags, knobs, open_dataset
-from eval import Predictor, add_runtime_flags, autocast, check_runtime_flags, predict, start_processes
-from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, save_checkpoint
+from eval import Predictor, autocast, predict
+from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, save_checkpoint
 from record import Log, check_disk, fingerprint, load_training, memory_mb, save_run, save_training
 
 PATIENCE = 20  # steps in a row without a finite gradient end a run
@@ -115,16 +116,7 @@ def parameter_groups(model, weight_decay, decoder_share):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-def total(*values):
-    """Numbers, each summed over all processes, as a list of floats."""
-    if not dist.is_initialized():
-        return [float(v) for v in values]
-    sums = torch.tensor(values, dtype=torch.float64)  # on the CPU: a GPU need not wait for them
-    dist.all_reduce(sums)
-    return sums.tolist()
-
+# Signals
 
 class Stopped(Exception):
     """A signal asked this run to end."""
@@ -463,4 +455,4 @@ def changes(saved, about):
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

@@ -19,4 +19,4 @@ def damaged(self, step, *rest):
 
 
 batches.Batches.draw = damaged
-run(train.main, train.ModelError)
+run(train.main)

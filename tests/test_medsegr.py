@@ -10,7 +10,8 @@ from segment_anything import sam_model_registry
 
 import medsegr
 import ops
-from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, ModelError, load_checkpoint, save_checkpoint
+from common import InputError
+from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, load_checkpoint, save_checkpoint
 from train import segmentation_loss
 
 WORDS = (("left", "bright", "round"), ("right", "dark", "long"), ("middle", "speckled", "wedge-like"))
@@ -295,7 +296,7 @@ def test_sam_med2d(tmp_path):
         x = (blue.flip(1) - torch.tensor([123.675, 116.28, 103.53])[:, None, None]) / torch.tensor(
             [58.395, 57.12, 57.375])[:, None, None]
         torch.testing.assert_close(features, model.sam.image_encoder(x))
-    with pytest.raises(ModelError, match="sam-med2d_b.pth"):
+    with pytest.raises(InputError, match="sam-med2d_b.pth"):
         MedSegR(Config(backbone="sam_med2d"))
 
 
@@ -453,13 +454,13 @@ def break_checkpoint(folder, how):
 def test_wrong_checkpoint_is_named(tmp_path, how):
     save_checkpoint(small(), tmp_path / "best.safetensors")
     break_checkpoint(tmp_path, how)
-    with pytest.raises(ModelError, match="--checkpoint|--backbone") as e:
+    with pytest.raises(InputError, match="--checkpoint|--backbone") as e:
         load_checkpoint(tmp_path)
     assert "\n" not in str(e.value)
 
 
 def test_missing_checkpoint_says_what_to_run(tmp_path):
-    with pytest.raises(ModelError, match="train.py"):
+    with pytest.raises(InputError, match="train.py"):
         load_checkpoint(tmp_path)
 
 
@@ -478,7 +479,7 @@ def test_wrong_sam_checkpoint_is_named(tmp_path, make):
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "executed"),)
         path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ModelError, match="sam.pth"):
+    with pytest.raises(InputError, match="sam.pth"):
         MedSegR(Config(sam_checkpoint=str(path)))
     assert not (tmp_path / "executed").exists()
 
@@ -489,19 +490,19 @@ def test_wrong_sam_checkpoint_is_named(tmp_path, make):
                                    dict(backbone="sam_med2d", image_size=240),
                                    dict(feature_grid=99), dict(position_grid=0)])
 def test_wrong_configuration_names_the_flag(wrong):
-    with pytest.raises(ModelError, match="--"):
+    with pytest.raises(InputError, match="--"):
         Config(**wrong)
 
 
 @pytest.mark.parametrize("spec", ["ViT-B-16-quickgelu", "no-such-model:random", "ViT-B-16-quickgelu:/no/such/file.pt"])
 def test_wrong_text_encoder_is_named(spec):
-    with pytest.raises(ModelError, match="--clip"):
+    with pytest.raises(InputError, match="--clip"):
         medsegr.TextEncoder(spec)
 
 
 @pytest.mark.parametrize("text", ["", "   ", None])
 def test_empty_text_is_refused(text):
-    with pytest.raises(ModelError, match="texture text is empty"):
+    with pytest.raises(InputError, match="texture text is empty"):
         small().encode_attributes([TEXTS[0] | {"texture": text}])
     if text == "":  # on purpose, to see what an empty text does
         assert small().encode_attributes([TEXTS[0] | {"texture": text}], empty=True).T_attr.isfinite().all()
