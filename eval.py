@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 import plots
 from ablations import run_tables
-from cache import FeatureCache
 from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
                     whole)
 from data import (ATTRIBUTES, PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset,
                   point_prompt, prompt_rng, to_original)
-from medsegr import Config, MedSegR, fingerprint, load_checkpoint
+from encoders import FeatureCache, fingerprint
+from medsegr import Config, MedSegR, load_checkpoint
 from metrics import dice, iou, overlap_rate, score, score_labels
 from scores import Journal, Scores, mean, print_table, summarise
 

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from batches import Batches, correction_points, move
-from cache import FeatureCache, fill
 from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
                     total)
 from data import PROMPTS, Texts, add_data_flags, knobs, open_dataset
 from eval import Predictor, autocast, predict
+from encoders import FeatureCache, fill
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, save_checkpoint
 from record import Log, check_disk, fingerprint, load_training, memory_mb, save_run, save_training
 

