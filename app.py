@@ -22,13 +22,14 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import plots  # noqa: E402
-from common import InputError, Parser, run  # noqa: E402
-from data import ATTRIBUTES, VARIATION, Texts  # noqa: E402
-from eval import newest_checkpoint  # noqa: E402
+from common import ATTRIBUTES, InputError, Parser, run  # noqa: E402
+from data import VARIATION  # noqa: E402
 from explain import explain  # noqa: E402
-from medsegr import Config, MedSegR, load_checkpoint  # noqa: E402
-from predict import predict_image  # noqa: E402
+from inference import predict_image  # noqa: E402
+from medsegr import Config, MedSegR  # noqa: E402
 from readers import Demo  # noqa: E402
+from runs import load_checkpoint, newest_checkpoint  # noqa: E402
+from texts import Texts  # noqa: E402
 
 CLICKS = ("inside the structure", "outside of it")
 STYLE = """#image img, #mask img {width: 100%; height: 100%; object-fit: contain}

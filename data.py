@@ -1,4 +1,4 @@
-"""Data: samples on the model's grid, their variations, the prompts cut from masks, and the clinical texts.
+"""Data: samples on the model's grid, their variations, and the prompts cut from masks.
 
     python data.py stats --dataset kvasir --data DIR         counts, sizes, and everything that is wrong with the files
     python data.py prepare synapse RAW --out data/synapse    the challenge's NIfTI volumes to the slices that we read
@@ -6,7 +6,6 @@
 readers.py and sa_med2d.py read the files. Coordinates are (x, y) in pixels of the resized S x S grid, pixel centres at
 integers.
 """
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Parser, read_text, run, seeded
+from common import InputError, Parser, run, seeded
 from readers import Demo, KiTS19, Kvasir, Synapse
 from sa_med2d import SAMed2D
 
-HERE = Path(__file__).resolve().parent
 SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir)}
 KNOBS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",)}
 SPLITS = ("train", "val", "test")
 PROMPTS = ("none", "point", "box")
-ATTRIBUTES = ("position", "texture", "shape")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
@@ -239,101 +235,6 @@ def point_prompt(mask, n, rng):
         raise ValueError("an empty mask has no point")
     pick = rng.choice(len(ys), n, replace=n > len(ys))
     return np.stack([xs[pick], ys[pick]], 1).astype(np.float32), np.ones(n, np.int64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts
-
-FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
-
-
-class Texts:
-    """The clinical texts of a data set's classes (attributes.json), and those of single images where a file has them.
-
-    texts("liver", "ct") -> {"position": str, "texture": str, "shape": str}: the first wordings, or those of another
-    number. With rng, random ones.
-    An attribute is a list of wordings, or {modality: list} where the look depends on it. A string in place of a whole
-    data set names the one whose texts it shares. InputError, with the entry to add, for whatever is missing.
-    """
-
-    def __init__(self, name, path=None, per_image=None):
-        self.name, self.path = name, Path(path or HERE / "attributes.json")
-        try:
-            entries = json.loads(read_text(self.path))
-        except json.JSONDecodeError as e:
-            raise InputError(f"{self.path}: not JSON ({e}); correct it") from None
-        entry = entries.get(name) if isinstance(entries, dict) else None
-        entry = entries.get(entry) if isinstance(entry, str) else entry
-        if not isinstance(entry, dict):
-            raise InputError(f'{self.path}: no texts for data set {name}; add "{name}": {{"<class>": {FORM}, ...}}')
-        self.classes = entry
-        self.images = read_image_texts(per_image) if per_image else {}
-
-    def check(self, pairs):
-        """InputError unless every (class, modality) of a data set has its texts; those of single images aside."""
-        for target, modality in pairs if not self.images else ():
-            self(target, modality)
-
-    def wordings(self, target, modality, kind):
-        """The list of wordings of one attribute."""
-        known = self.classes.get(target)
-        if not isinstance(known, dict):
-            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; add under "{self.name}": '
-                             f'"{target}": {FORM}')
-        texts = known.get(kind)
-        where = f"{self.name}, {target}, {kind}"
-        if isinstance(texts, dict):
-            if modality not in texts:
-                raise InputError(f'{self.path}: {where}: nothing for {modality}, only for {", ".join(texts)}; add '
-                                 f'"{modality}": ["..."]')
-            texts, where = texts[modality], f"{where}, {modality}"
-        if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
-            raise InputError(f'{self.path}: {where}: empty or blank; give "{kind}": ["..."], a list of texts')
-        return texts
-
-    def own(self, target, sample):
-        """The texts of this very image, or of its case."""
-        return self.images.get((sample.key, target)) or self.images.get((sample.case, target)) or {}
-
-    def __call__(self, target, modality, sample=None, rng=None, number=0):
-        own = self.own(target, sample) if sample is not None else {}
-        draw = lambda texts: texts[number % len(texts) if rng is None else rng.integers(len(texts))]
-        return {kind: draw(own.get(kind) or self.wordings(target, modality, kind)) for kind in ATTRIBUTES}
-
-    def all(self, sample):
-        """The name and every wording of every class that the sample may be asked for."""
-        for target in dict.fromkeys((*sample.targets, *sample.absent)):
-            own = self.own(target, sample)
-            yield target
-            for kind in ATTRIBUTES:
-                yield from own.get(kind) or self.wordings(target, sample.modality, kind)
-
-
-def read_image_texts(path):
-    """JSON lines {"image": key or case, "target": class, "position": text or [texts], "texture": ..., "shape": ...},
-    where attributes may be left out -> {(image, target): {attribute: [texts]}}."""
-    found = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-            name = entry["image"], entry["target"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'{where}: not {{"image": "...", "target": "...", "position": "...", "texture": "...", '
-                             '"shape": "..."}; correct the line') from None
-        texts = {kind: [entry[kind]] if isinstance(entry[kind], str) else entry[kind]
-                 for kind in ATTRIBUTES if kind in entry}
-        if not all(isinstance(part, str) for part in name):
-            raise InputError(f"{where}: image and target should be texts; correct the line")
-        for kind, value in texts.items():
-            if not (isinstance(value, list) and value and all(isinstance(t, str) and t.strip() for t in value)):
-                raise InputError(f"{where}: {kind} is empty or not text; write it, or leave {kind} out")
-        if name in found:
-            raise InputError(f"{where}: {name[1]} of {name[0]} for the second time; keep one of the lines")
-        found[name] = texts
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,157 +7,27 @@ Without a prompt every organ is asked for by its text, and the answers are merge
 box, which are cut from the truth, only the organs that a slice holds are asked for.
 """
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import plots
 from ablations import run_tables
 from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
                     whole)
-from data import (ATTRIBUTES, PROMPTS, Texts, add_data_flags, box_prompt, knobs, merge_instances, open_dataset,
-                  point_prompt, prompt_rng, to_original)
+from data import PROMPTS, add_data_flags, knobs, open_dataset
 from encoders import FeatureCache, fingerprint
-from medsegr import Config, MedSegR, load_checkpoint
+from inference import Predictor, answers, by_class, label_maps, original_image, predict
+from medsegr import Config, MedSegR
 from metrics import dice, iou, overlap_rate, score, score_labels
+from runs import load_checkpoint, newest_checkpoint
 from scores import Journal, Scores, mean, print_table, summarise
-
-TEXTS = ("own", "reworded", "wrong", "empty")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking a model for the structures of a slice
-
-def autocast(device, precision):
-    """bfloat16 or float16 autocast on the device; float32: none."""
-    return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
-
-
-@torch.no_grad()
-def ask(model, features, sample, texts, prompt, points=1, seed=0):
-    """Features [1,C,H,W] of one sample -> (class names asked for, n of them; mask logits float32 [n,S,S]).
-
-    prompt "none" asks for the classes that the sample has or is known to lack, "point" and "box" for each target with a
-    mask, in order. Prompts depend on the sample's key, the target's name and number, and the seed alone.
-    """
-    asked = [t for t in range(len(sample.targets)) if prompt == "none" or sample.masks[t].any()]
-    names = [sample.targets[t] for t in asked] + [*sample.absent] * (prompt == "none")
-    S = sample.masks.shape[-1]
-    if not names:
-        return [], torch.zeros(0, S, S)
-    boxes = locations = None
-    if prompt == "box":
-        boxes = torch.from_numpy(np.stack([box_prompt(sample.masks[t]) for t in asked])).to(model.device)
-    elif prompt == "point":
-        before = [sample.targets[:t].count(sample.targets[t]) for t in asked]  # instances of the same name
-        rngs = [prompt_rng(sample.key, sample.targets[t] + (f" {n}" if n else ""), seed) for t, n in zip(asked, before)]
-        pairs = [point_prompt(sample.masks[t], points, rng) for t, rng in zip(asked, rngs)]
-        locations = tuple(torch.from_numpy(np.stack(x)).to(model.device) for x in zip(*pairs))
-    priors = model.encode_attributes([texts(name, sample.modality, sample) for name in names],
-                                     empty=getattr(texts, "how", None) == "empty")
-    index = torch.zeros(len(names), dtype=torch.int64, device=model.device)
-    logits, _ = model.decode(features.to(model.device), index, priors, locations, boxes)
-    return names, F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
-
-
-def label_map(names, logits, size, classes):
-    """Logits [n,S,S] of the classes asked for -> uint8 [H,W] on the original grid: the most certain one, 0 for none."""
-    if not names:
-        return np.zeros(size, np.uint8)
-    best, which = to_original(logits, size).max(0)
-    label = torch.tensor([classes.index(name) + 1 for name in names], device=which.device)[which]
-    return torch.where(best > 0, label, 0).to(torch.uint8).cpu().numpy()
-
-
-def true_label_map(sample, classes):
-    """uint8 [H,W] of a sample whose masks do not overlap."""
-    label = np.zeros(sample.size, np.uint8)
-    for name, mask in zip(sample.targets, sample.truth):
-        label[mask] = classes.index(name) + 1
-    return label
-
+from texts import TEXTS, Rephrased, Texts
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Asking for all of a data set
-
-class Rephrased:
-    """The texts of a data set, otherwise than they should be: how much does the model listen?
-
-    reworded: the second wording of each; wrong: those of the next class of the data set that has texts for the
-    modality; empty: none at all.
-    """
-
-    def __init__(self, texts, how, pairs):
-        if how not in TEXTS:
-            raise InputError(f"--text {how}: choose from {', '.join(TEXTS)}")
-        self.texts, self.how, self.known = texts, how, {}
-        for name, modality in pairs:
-            self.known.setdefault(modality, []).append(name)
-        if how == "wrong" and any(len(set(names)) < 2 for names in self.known.values()):
-            raise InputError("--text wrong: there is a modality with a single class, so no other text; choose "
-                             "reworded or empty")
-
-    def __call__(self, name, modality, sample=None):
-        if self.how == "empty":
-            return dict.fromkeys(ATTRIBUTES, "")
-        if self.how == "wrong":
-            names = list(dict.fromkeys(self.known[modality]))
-            return self.texts(names[(names.index(name) + 1) % len(names)], modality)
-        return self.texts(name, modality, sample, number=self.how == "reworded")
-
-
-class Predictor:
-    """A model with how it is asked: predictor(sample) -> (class names, mask logits [n,S,S])."""
-
-    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32"):
-        self.model, self.texts, self.prompt, self.points, self.seed = model.eval(), texts, prompt, points, seed
-        self.cache, self.precision = cache or FeatureCache(None, ""), precision
-
-    def prepare(self, sample):
-        """Without a prompt the instances of a class are one target."""
-        return merge_instances(sample) if self.prompt == "none" else sample
-
-    @torch.no_grad()
-    def __call__(self, sample):
-        image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].contiguous()
-        with autocast(self.model.device, self.precision):
-            features = self.cache(image, self.model.encode_image)
-            return ask(self.model, features, sample, self.texts, self.prompt, self.points, self.seed)
-
-
-def answers(names, logits, sample):
-    """-> [(class, prediction, truth)], bool [H,W] each, of every target of a sample and every absent class asked for.
-
-    A target that was not asked for, because nothing of it is left on the model's grid, counts as not found.
-    """
-    nothing, pairs = np.zeros(sample.size, bool), []
-    found = list(zip(names, (to_original(logits, sample.size) > 0).cpu().numpy()))
-    for name, truth in zip(sample.targets, sample.truth):
-        at = next((i for i, (asked, _) in enumerate(found) if asked == name), None)
-        pairs.append((name, nothing if at is None else found.pop(at)[1], truth))
-    return pairs + [(name, mask, nothing) for name, mask in found]
-
-
-def label_maps(predictor, sample, dataset):
-    """uint8 [H,W] each: the predicted label map of a volume's slice and the true one."""
-    return (label_map(*predictor(sample), sample.size, dataset.classes), true_label_map(sample, dataset.classes))
-
-
-def by_class(prediction, truth, classes):
-    """Two label maps -> answers(), of every class."""
-    return [(name, prediction == i, truth == i) for i, name in enumerate(classes, 1)]
-
-
-def predict(predictor, sample, dataset):
-    """answers() of a sample. In a slice of a volume each pixel belongs to the most certain answer alone."""
-    if dataset.volumes:
-        return by_class(*label_maps(predictor, sample, dataset), dataset.classes)
-    return answers(*predictor(sample), sample)
-
+# All of a data set
 
 def evaluate_case(predictor, dataset, first, end, step=lambda: None):
     """The images first..end - 1 of a case -> (rows of its volume, rows of its targets), as Scores.add takes them."""
@@ -251,22 +121,7 @@ def draw_typical(predictors, dataset, scores, path, title):
     plots.examples(panels, path, title)
 
 
-def original_image(sample):
-    """uint8 [H,W,3]: a sample's image on its original grid."""
-    image = to_original(torch.from_numpy(sample.image).permute(2, 0, 1), sample.size)
-    return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-
-def newest_checkpoint(out="out"):
-    """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
-    files = [f for pattern in ("best", "last", "*/best", "*/last") for f in Path(out).glob(f"{pattern}.safetensors")]
-    if not files:
-        raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo, "
-                         "or name one with --checkpoint")
-    return max(files, key=lambda f: f.stat().st_mtime).parent
-
 
 def build_model(args, checkpoint, like=None):
     """-> (model, the checkpoint's record); "sam": the untouched backbone, of the flags or of the Config `like`."""

@@ -5,11 +5,11 @@ import numpy as np
 import torch
 
 import plots
-from data import ATTRIBUTES
+from common import ATTRIBUTES
+from inference import predict_image
 from medsegr import modulate
 from metrics import dice
 from plots import plt
-from predict import predict_image
 
 MEANING = dict(fused="features changed by the texts", sem="their meaning, by channel attention", sam="SAM's own features")
 

@@ -11,14 +11,9 @@ An image with eight organs is encoded once and asked eight times: a *target* is 
 it. Shapes: B images, M targets, C = 256 channels, H x W SAM's feature grid, S the image size in pixels, d the width of
 the text encoder, L its context length in tokens. Equation and table numbers are the paper's.
 """
-import json
-import os
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -399,59 +394,3 @@ class MedSegR(nn.Module):
         """The three steps in one; `features` from an earlier encode_image spare the first."""
         features = self.encode_image(images) if features is None else features
         return self.decode(features, image_index, self.encode_attributes(texts), points, boxes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: the trained parameters as safetensors, the configuration beside them as config.json
-
-def save_checkpoint(model, path, **record):
-    """Writes PATH (safetensors) and config.json beside it, each at once; `record` goes into PATH as metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config = dict(config=asdict(model.config), sam_hash=model.sam_hash)
-    weights = {n: p.detach().cpu().contiguous() for n, p in model.trained().items()}
-    for file, content in ((path.with_name("config.json"), json.dumps(config, indent=1).encode()),
-                          (path, safetensors.torch.save(weights, dict(record=json.dumps(record))))):
-        part = file.with_name(file.name + ".part")
-        part.write_bytes(content)
-        os.replace(part, file)
-
-
-def load_checkpoint(path, **overrides):
-    """A .safetensors file, or a folder with best.safetensors or last.safetensors -> (MedSegR, its record).
-
-    overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / n for n in ("best.safetensors", "last.safetensors") if (path / n).is_file()), path)
-    if not path.is_file():
-        raise InputError(f"--checkpoint {path}: no checkpoint there; train one with: python train.py --dataset demo")
-    try:
-        saved = json.loads(path.with_name("config.json").read_text())
-        known = {f.name for f in fields(Config)}
-        config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **overrides})
-        with safetensors.safe_open(path, "pt") as f:
-            weights = {k: f.get_tensor(k) for k in f.keys()}
-            record = json.loads((f.metadata() or {}).get("record", "{}"))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"--checkpoint {path}: its config.json is missing; keep the two files together") from None
-    except Exception as e:
-        raise InputError(f"--checkpoint {path}: not a checkpoint of MedSeg-R, or damaged "
-                         f"({type(e).__name__}); train.py writes them") from None
-    model = MedSegR(config)
-    trained = model.trained()
-    wrong = [n for n in trained.keys() | weights.keys()
-             if n not in trained or n not in weights or trained[n].shape != weights[n].shape]
-    if wrong:
-        raise InputError(f"--checkpoint {path}: does not fit its config.json ({len(wrong)} tensors, such as "
-                         f"{min(wrong)}); keep the two files of one run together")
-    if saved.get("sam_hash") != model.sam_hash:
-        raise InputError(f"--checkpoint {path}: was trained on other weights of {config.backbone}; "
-                         "give the same file with --sam-checkpoint")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(weights[name])
-    return model.eval(), record

@@ -6,79 +6,32 @@
 
 An image gives OUT/NAME-TARGET.png masks and an overlay; a volume OUT/NAME-label.nii.gz, aligned with its input (same
 shape, same affine; 1, 2, ... are the targets in order, see labels.json), and an overlay of three slices. --explain adds a
-picture per target of what its texts did. As a function: predict_image().
+picture per target of what its texts did. As a function: inference.predict_image().
 """
 import gzip
 import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from PIL import Image
 from tqdm import tqdm
 
 import plots
-from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, whole,
+from common import (ATTRIBUTES, InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, whole,
                     write_atomically)
-from data import ATTRIBUTES, VARIATION, Texts, make_sample, to_original
-from eval import autocast, newest_checkpoint
-from medsegr import load_checkpoint
+from data import VARIATION
+from inference import merge, predict_image
 from prepare import UPRIGHT, WINDOWS, Grid, read_grid, slabs
-from readers import Picture, read_image
+from readers import read_image
+from runs import load_checkpoint, newest_checkpoint
+from texts import Texts
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking
-
-class Answer(NamedTuple):
-    """What the model says of the T targets of an image of H x W pixels, with G x G features."""
-    probability: np.ndarray  # float32 [T,H,W]
-    iou: np.ndarray  # float32 [T]: how good the model thinks its masks are
-    priors: object  # medsegr.Priors of the targets
-    steps: dict  # F_fused, F_sem [T,C,G,G] and gate [T,branches,G,G], see MedSegR.decode
-    features: torch.Tensor  # F_SAM [1,C,G,G]
-
-
-@torch.no_grad()
-def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False):
-    """Masks of several structures in one image, which is encoded once.
-
-    image uint8 [H,W,3], RGB; texts: T dicts of position, texture and shape; boxes float [T,4], x0 y0 x1 y1, and points
-    (float [T,N,2] (x, y), int [T,N]: 1 inside, 0 outside, -1 none), in pixels of the image -> Answer. `features`: of an
-    earlier Answer. empty: allows empty texts.
-    """
-    size, S = image.shape[:2], model.config.image_size
-    scale = np.array([S / size[1], S / size[0]], np.float32)
-    to_grid = lambda xy: torch.from_numpy((np.asarray(xy, np.float32) + 0.5) * scale - 0.5).to(model.device)
-    if boxes is not None:
-        boxes = to_grid(np.reshape(boxes, (-1, 2, 2))).flatten(1)
-    if points is not None:
-        points = to_grid(points[0]), torch.as_tensor(np.asarray(points[1])).to(model.device)
-    with autocast(model.device, precision):
-        if features is None:
-            nothing = np.zeros((0, *size), bool)
-            square = make_sample(Picture(image, nothing, (), (), ""), S, "", "").image
-            features = model.encode_image(torch.from_numpy(square).permute(2, 0, 1)[None])
-        index = torch.zeros(len(texts), dtype=torch.int64, device=model.device)
-        priors = model.encode_attributes(texts, empty=empty)
-        logits, iou, steps = model.decode(features, index, priors, points, boxes, explain=True)
-    logits = F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
-    probability = to_original(logits, size).sigmoid().cpu().numpy()
-    return Answer(probability, iou.float().cpu().numpy(), priors, steps, features)
-
-
-def merge(probability):
-    """float [T,H,W] -> uint8 [H,W]: the number, from 1, of the most probable target above one half; 0 for none."""
-    return np.where(probability.max(0) > 0.5, probability.argmax(0) + 1, 0).astype(np.uint8)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading

@@ -27,8 +27,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from tqdm import tqdm
 
-from common import InputError, Parser, make_folder, read_text, run, write_atomically
-from data import ATTRIBUTES
+from common import ATTRIBUTES, InputError, Parser, make_folder, read_text, run, write_atomically
 from readers import read_image
 
 STATUS = ("draft", "reviewed", "rejected")

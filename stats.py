@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, make_folder, write_atomically
-from data import SPLITS, Texts, knobs, make_sample, open_dataset
+from data import SPLITS, knobs, make_sample, open_dataset
 from metrics import overlap_rate
+from texts import Texts
 
 SMALL = 0.05  # the paper's small objects: below 5 % of the image
 

@@ -6,9 +6,8 @@
 
 Writes OUT/best.safetensors and OUT/last.safetensors (with OUT/config.json), OUT/log.csv, OUT/curves.png, OUT/run.json
 and, for --resume, OUT/training.safetensors. SIGTERM and Ctrl-C save first. The draws are in batches.py, what is written
-in record.py.
+in runs.py.
 """
-import json
 import signal
 import sys
 import time
@@ -27,14 +26,15 @@ from tqdm import tqdm
 from batches import Batches, correction_points, move
 from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
                     total)
-from data import PROMPTS, Texts, add_data_flags, knobs, open_dataset
-from eval import Predictor, autocast, predict
+from data import PROMPTS, add_data_flags, knobs, open_dataset
 from encoders import FeatureCache, fill
-from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR, save_checkpoint
-from record import Log, check_disk, fingerprint, load_training, memory_mb, save_run, save_training
+from inference import Predictor, autocast, predict
+from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR
+from runs import (Log, changes, check_disk, fingerprint, load_training, memory_mb, save_checkpoint, save_run,
+                  save_training)
+from texts import Texts
 
 PATIENCE = 20  # steps in a row without a finite gradient end a run
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss, schedule
@@ -442,16 +442,6 @@ def features_of(batch, cache, encode, frozen, model):
     else:
         features = cache(batch.images, encode).to(model.device) if frozen else encode(batch.images)
     return features if batch.theta is None else move(features, batch.theta.to(model.device))
-
-
-def changes(saved, about):
-    """What a resumed run has otherwise than the one that it goes on with."""
-    before, now = saved["arguments"], json.loads(json.dumps(about["arguments"]))
-    ignored = {"out", "resume", "cache", "cache_gb", "workers", "save_minutes", "compile"}
-    found = [f"--{k.replace('_', '-')} {now[k]} (was {before.get(k)})" for k in now
-             if k not in ignored and now[k] != before.get(k)]
-    found += ["other data than before"] if saved["data"] != about["data"] else []
-    return ", with " + ", ".join(found) if found else ""
 
 
 if __name__ == "__main__":

