@@ -27,7 +27,7 @@ from data import VARIATION  # noqa: E402
 from explain import explain  # noqa: E402
 from inference import predict_image  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
-from readers import Demo  # noqa: E402
+from readers.demo import Demo  # noqa: E402
 from runs import load_checkpoint, newest_checkpoint  # noqa: E402
 from texts import Texts  # noqa: E402
 

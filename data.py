@@ -3,7 +3,7 @@
     python data.py stats --dataset kvasir --data DIR         counts, sizes, and everything that is wrong with the files
     python data.py prepare synapse RAW --out data/synapse    the challenge's NIfTI volumes to the slices that we read
 
-readers.py and sa_med2d.py read the files. Coordinates are (x, y) in pixels of the resized S x S grid, pixel centres at
+The files are read in readers/, the texts in texts.py. Coordinates are (x, y) in pixels of the resized S x S grid, pixel centres at
 integers.
 """
 import re
@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError, Parser, run, seeded
-from readers import Demo, KiTS19, Kvasir, Synapse
-from sa_med2d import SAMed2D
+from readers.demo import Demo
+from readers.kits19 import KiTS19
+from readers.kvasir import Kvasir
+from readers.pictures import SPLITS
+from readers.sa_med2d import SAMed2D
+from readers.synapse import Synapse
+from texts import Texts
 
 SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir)}
 KNOBS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",)}
-SPLITS = ("train", "val", "test")
 PROMPTS = ("none", "point", "box")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +49,7 @@ class Sample:
 
 
 def make_sample(picture, size, case, key):
-    """readers.Picture -> Sample on the size x size grid.
+    """pictures.Picture -> Sample on the size x size grid.
 
     An image that is not square is stretched to the square, as SAM-Med2D does: boxes and points live on the square grid,
     and `to_original` takes a prediction back. The image is resized with antialiasing; masks by nearest neighbour, which
@@ -258,8 +262,8 @@ def knobs(args):
 
 
 def main():
-    from prepare import prepare
-    from stats import stats
+    from readers.check import stats
+    from readers.prepare import prepare
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     counting = commands.add_parser("stats", help="counts, sizes, and everything that is wrong with the files")
@@ -274,10 +278,13 @@ def main():
     preparing.add_argument("--out", help="default: data/<dataset>")
     args = parser.parse_args()
     if args.command == "stats":
-        raise SystemExit(stats(args))
+        if args.dataset is None:
+            raise InputError("--dataset: name the data set")
+        raise SystemExit(stats(args, lambda split: open_dataset(args.dataset, args.data, split, limit=args.limit,
+                                                                **knobs(args)),
+                               lambda: Texts(args.dataset, args.attributes_file, args.texts)))
     prepare(args.dataset, args.raw, args.out or Path("data") / args.dataset)
 
 
 if __name__ == "__main__":
-    import data  # this file under its own name, whose classes the other files use
-    run(data.main)
+    run(main)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from data import box_prompt, make_sample, merge_instances, point_prompt, prompt_rng, to_original
 from encoders import FeatureCache
-from readers import Picture
+from readers.pictures import Picture
 
 
 def autocast(device, precision):

@@ -19,7 +19,7 @@ import numpy as np
 import plots
 from common import InputError, Parser, make_folder, read_text, run, write_atomically
 from metrics import pearson
-from readers import TEST_CASES
+from readers.synapse import TEST_CASES
 
 NUMBERS = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
 MODALITIES = NUMBERS["table1"]["columns"][:-1]

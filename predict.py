@@ -8,16 +8,13 @@ An image gives OUT/NAME-TARGET.png masks and an overlay; a volume OUT/NAME-label
 shape, same affine; 1, 2, ... are the targets in order, see labels.json), and an overlay of three slices. --explain adds a
 picture per target of what its texts did. As a function: inference.predict_image().
 """
-import gzip
 import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,124 +23,12 @@ from common import (ATTRIBUTES, InputError, Parser, add_runtime_flags, check_run
                     write_atomically)
 from data import VARIATION
 from inference import merge, predict_image
-from prepare import UPRIGHT, WINDOWS, Grid, read_grid, slabs
-from readers import read_image
+from readers.pictures import read_image
+from readers.volumes import read_dicom, read_nifti, write_nifti
 from runs import load_checkpoint, newest_checkpoint
 from texts import Texts
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-def gray(values, window):
-    """Numbers -> uint8: the window's ends become 0 and 255."""
-    low, high = window
-    return np.rint(255 * np.clip((values.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
-
-
-def choose_window(asked, modality, low, high, sample):
-    """(low, high) of the values that become black and white: as asked for; of CT TransUNet's -125..275 HU; of others
-    the 0.5th to 99.5th percentile of the values `sample`."""
-    if asked:
-        return asked
-    if modality == "ct" and low < 0 and high - low >= 100:
-        return WINDOWS["synapse"]
-    if modality == "ct":
-        raise InputError(f"the values run from {low:g} to {high:g}, which are not HU; give --window LOW HIGH, or another "
-                         "--modality")
-    return tuple(np.percentile(sample, (0.5, 99.5)))
-
-
-def read_nifti(path, window, modality):
-    """-> (uint8 [D,H,W], upright as prepare.py has it, its Grid)."""
-    grid = read_grid(path)
-    low, high, sample = np.inf, -np.inf, []
-    if not window:
-        for _, slab in slabs(grid, np.empty(grid.shape, np.uint8)):
-            finite = slab[np.isfinite(slab)]
-            if not len(finite):
-                raise InputError(f"{path}: holds nothing but NaN; give another file")
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-            sample.append(finite.ravel()[::101].astype(np.float32))
-    try:
-        window = choose_window(window, modality, low, high, np.concatenate(sample) if sample else None)
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from None
-    image = np.empty(grid.shape, np.uint8)
-    for part, slab in slabs(grid, image):
-        part[...] = gray(np.nan_to_num(slab, nan=window[0]), window)
-    return image, grid
-
-
-def read_dicom(folder, window, modality):
-    """A folder with one DICOM series -> (uint8 [D,H,W], its Grid): slices in order of their place along the normal."""
-    try:
-        import pydicom
-    except ImportError:
-        raise InputError(f"{folder}: DICOM needs pydicom; install it with: pip install pydicom") from None
-    slices = []
-    for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
-        try:
-            slices.append((path, pydicom.dcmread(path, stop_before_pixels=True)))
-        except pydicom.errors.InvalidDicomError:
-            continue  # a DICOMDIR, a note
-    slices = [(path, head) for path, head in slices if "ImagePositionPatient" in head and "Rows" in head]
-    if not slices:
-        raise InputError(f"{folder}: holds no DICOM slices; give the folder of one series")
-    series = {head.get("SeriesInstanceUID") for _, head in slices}
-    if len(series) > 1:
-        raise InputError(f"{folder}: holds {len(series)} series; put the one to segment into a folder of its own")
-    row, column = np.array(slices[0][1].ImageOrientationPatient, float).reshape(2, 3)
-    normal = np.cross(row, column)
-    place = lambda head: float(normal @ np.array(head.ImagePositionPatient, float))
-    slices.sort(key=lambda s: place(s[1]))
-    gaps = np.diff([place(head) for _, head in slices])
-    if len(gaps) and (gaps.min() <= 1e-3 or gaps.max() > 1.5 * np.median(gaps)):
-        raise InputError(f"{folder}: the series has slices at the same place, or misses some (gaps of {gaps.min():.3g} to "
-                         f"{gaps.max():.3g} mm); give all slices of one series, once")
-    values = []
-    for path, _ in slices:
-        try:
-            head = pydicom.dcmread(path)
-            values.append(head.pixel_array * np.float32(head.get("RescaleSlope", 1))
-                          + np.float32(head.get("RescaleIntercept", 0)))
-        except Exception as e:  # pydicom raises nearly anything for damaged or compressed pixels
-            raise InputError(f"{path}: its pixels cannot be read ({' '.join(str(e).split())[:150]}); store the series "
-                             "uncompressed, or copy it again") from None
-        if values[-1].shape != values[0].shape:
-            raise InputError(f"{path}: {values[-1].shape} pixels, the first slice {values[0].shape}; give one series")
-    values = np.stack(values)
-    try:
-        window = choose_window(window, modality, float(values.min()), float(values.max()), values.ravel()[::101])
-    except InputError as e:
-        raise InputError(f"{folder}: {e}") from None
-    head = slices[0][1]
-    dy, dx = map(float, head.PixelSpacing)
-    step = normal * (np.median(gaps) if len(gaps) else float(head.get("SliceThickness", 1) or 1))
-    affine = np.eye(4)  # of [column, row, slice], and DICOM's axes run to the left and the back
-    affine[:3] = np.stack([row * dx, column * dy, step, np.array(head.ImagePositionPatient, float)], 1)
-    affine[:2] *= -1
-    axes = io_orientation(affine)
-    stored = gray(values.transpose(2, 1, 0), window)
-    image = np.ascontiguousarray(apply_orientation(stored, ornt_transform(axes, UPRIGHT)))
-    return image, Grid(Path(folder), affine, axes, image.shape, [], 0.0)
-
-
-def write_nifti(path, label, grid):
-    """uint8 [D,H,W], upright, to a NIfTI file with its input's shape, affine and units."""
-    stored = np.ascontiguousarray(apply_orientation(label, ornt_transform(UPRIGHT, grid.axes)))
-    out = nib.Nifti1Image(stored, grid.affine)
-    if grid.path.is_file():  # what the codes and units of its affine mean
-        original = nib.load(grid.path)
-        head = original.header
-        out.header.set_xyzt_units(*head.get_xyzt_units())
-        out.set_sform(grid.affine, int(head["sform_code"]) or int(head["qform_code"]))
-        out.set_qform(head.get_qform() if head["qform_code"] else None, int(head["qform_code"]))
-        out = nib.Nifti1Image(stored.reshape(original.shape), None, out.header)
-    with whole(path) as file, gzip.GzipFile(fileobj=file, mode="wb", compresslevel=4, mtime=0) as f:
-        f.write(out.to_bytes())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Volumes

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import ATTRIBUTES, InputError, Parser, make_folder, read_text, run, write_atomically
-from readers import read_image
+from readers.pictures import read_image
 
 STATUS = ("draft", "reviewed", "rejected")
 LONGEST_REPORT, LONGEST_TEXT = 6000, 400  # characters; a text encoder reads some 77 tokens

@@ -1,42 +1,30 @@
-"""The challenges' NIfTI volumes, once, to the files that readers.py opens; `python data.py prepare` calls prepare().
+"""The challenges' NIfTI volumes, once, to the files that the readers open; `python data.py prepare` calls prepare().
 
-    synapse   RAW/img/img0001.nii.gz, RAW/label/label0001.nii.gz  ->  the layout of TransUNet, see readers.Synapse
-    kits19    RAW/case_00000/imaging.nii.gz, segmentation.nii.gz  ->  OUT/case_00000, see readers.KiTS19
+    synapse   RAW/img/img0001.nii.gz, RAW/label/label0001.nii.gz  ->  the layout of TransUNet, see synapse.py
+    kits19    RAW/case_00000/imaging.nii.gz, segmentation.nii.gz  ->  OUT/case_00000, see kits19.py
 
-What is written is [z, y, x]: z from inferior to superior, y from anterior to posterior, x from the patient's right to
-left, so that a slice is the upright radiological view with the patient's right on the image's left, however the file
-stores it. That is decided by the file's header alone. Axes are permuted and flipped, voxels never resampled: a volume
-that lies obliquely goes to its nearest axes, as in the literature, and the last line says so.
+What is written is [z, y, x], upright, as volumes.py says: a volume that lies obliquely goes to its nearest axes, as in
+the literature, and the last line says so.
 """
-import gzip
 import json
 import re
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from tqdm import tqdm
 
 from common import InputError, make_folder, read_text, whole, write_atomically
-from readers import TEST_CASES
+from readers.synapse import TEST_CASES
+from readers.volumes import WINDOWS, read_grid, slabs
 
-UPRIGHT = axcodes2ornt(("S", "P", "L"))  # where z, y and x run to
-# HU that keep their contrast: TransUNet's; nnU-Net's and MIScnn's, percentiles within KiTS19's kidneys
-WINDOWS = {"synapse": (-125, 275), "kits19": (-79, 304)}
-# BTCV's 13 organs -> TransUNet's eight, in the order of readers.ORGANS
+# BTCV's 13 organs -> TransUNet's eight, in the order of synapse.ORGANS
 EIGHT = np.array([0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0], np.uint8)
 KIDNEYS = np.array([0, 1, 2], np.uint8)
 # the challenge has no other numbers; a copy that counts its cases from 1 to 30 would have other test cases
 NUMBERS = {f"{n:04d}" for n in (*range(1, 11), *range(21, 41))}
 KITS19_TRAIN = 210  # cases that the challenge published with a segmentation
-
-# nibabel mends what little is wrong with a header and logs it; what it cannot mend becomes our one line
-nib.imageglobals.logger.setLevel("CRITICAL")
 
 
 def prepare(name, raw, out):
@@ -55,50 +43,7 @@ def prepare(name, raw, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# NIfTI
-
-@dataclass
-class Grid:
-    """Where a NIfTI file's voxels lie. `shape` and `spacing` are (z, y, x), of the volume that we write."""
-    path: Path
-    affine: np.ndarray  # [4, 4]: the file's indices -> mm to the right, anterior and superior
-    axes: np.ndarray  # [3, 2]: for each of the file's axes, the patient's nearest one and the direction along it
-    shape: tuple
-    spacing: list  # mm
-    tilt: float  # degrees, between the file's axes and the patient's
-
-
-@contextmanager
-def opened(path):
-    """The nibabel image and the stream that it reads from; whatever fails within is taken for a damaged file."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-            yield nib.Nifti1Image.from_stream(stream), stream
-    except Exception as e:  # damaged bytes make gzip and nibabel raise nearly anything
-        raise InputError(f"{path}: truncated or not NIfTI ({' '.join(str(e).split())}); copy it again") from None
-
-
-def read_grid(path):
-    """The Grid of a file, from its header."""
-    with opened(path) as (image, _):
-        stored, affine, kind = image.shape, image.affine, image.get_data_dtype().kind
-        oriented = int(image.header["sform_code"]) or int(image.header["qform_code"])
-    if len(stored) < 3 or set(stored[3:]) - {1} or min(stored) < 1 or kind not in "iuf":
-        raise InputError(f"{path}: should be one volume of numbers, but is {image.get_data_dtype()} {list(stored)}; "
-                         "store three axes")
-    if not oriented:  # nibabel would guess, and a wrong guess swaps the kidneys
-        raise InputError(f"{path}: the header does not say how the patient lies (sform_code and qform_code are 0); "
-                         "take the challenge's own file, or set its sform")
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not sizes.all() or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.01:
-        raise InputError(f"{path}: the header's affine {affine[:3].round(3).tolist()} is singular; copy the file "
-                         "again, or set its sform")
-    axes = io_orientation(affine)
-    along = [int(np.flatnonzero(axes[:, 0] == world)[0]) for world in UPRIGHT[:, 0]]
-    cosines = [abs(affine[int(world), axis]) / sizes[axis] for axis, world in enumerate(axes[:, 0])]
-    return Grid(path, affine, axes, tuple(stored[axis] for axis in along), [round(float(sizes[a]), 6) for a in along],
-                float(np.degrees(np.arccos(min(1, *cosines)))))
-
+# Reading
 
 def read_pair(image, label):
     """Paths -> (Grid, Grid) of an image and its label, voxel upon voxel."""
@@ -111,21 +56,6 @@ def read_pair(image, label):
         raise InputError(f"{label.path}: its affine and that of its image {image.path.name} differ by up to "
                          f"{apart:.4g}; store both on one grid")
     return image, label
-
-
-def slabs(grid, volume):
-    """Pairs (part of `volume` [D,H,W], the voxels of `grid`'s file that belong there), until all of it is covered.
-
-    Only a few slices are ever held as the file stores them: KiTS19's largest case is 2 GB in float64.
-    """
-    stored = apply_orientation(volume, ornt_transform(UPRIGHT, grid.axes))  # a view of it along the file's axes
-    step = max(1, 2 ** 22 // (stored.shape[0] * stored.shape[1]))
-    with opened(grid.path) as (image, stream):
-        for start in range(0, stored.shape[2], step):
-            part = stored[:, :, start:start + step]
-            yield part, np.asanyarray(image.dataobj[:, :, start:start + step]).reshape(part.shape)
-        while stream.read(2 ** 20):  # gzip compares its checksum at the end of the file
-            pass
 
 
 def read_image(grid, window, dtype):
@@ -273,7 +203,7 @@ def record_synapse(out, spacing):
         path = out / f"lists_Synapse/{kind}.txt"
         if names:
             write_atomically(path, "".join(f"{name}\n" for name in names).encode())
-        else:  # for readers.py a list that names nothing is an error
+        else:  # for synapse.py a list that names nothing is an error
             path.unlink(missing_ok=True)
 
 

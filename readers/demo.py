@@ -1,11 +1,59 @@
-"""The demo's pictures: abdominal CT slices drawn from a seed, with eight organs that overlap in brightness."""
+"""The demo: abdominal CT slices drawn from a seed, with eight organs that overlap in brightness. Needs no download.
+
+    python -m readers.demo slice.png      one of the test slices as a PNG, to try predict.py on
+"""
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+from common import InputError, Parser, run, seeded, whole
+from readers.pictures import from_labels
+from readers.synapse import ORGANS
+
+
+class Demo:
+    """Drawn abdominal CT slices on a 256 x 256 grid; image i of a split depends on (seed, split, i) and knobs.
+
+    overlap: 0..1, pulls the organs towards each other, the front one wins. contrast: factor on the difference between
+    organs and what lies behind them. size: factor on the organs' size. n: images (train 160, val 16, test 32).
+    Spleen, liver, kidneys, bowel and vessels overlap in brightness, and each organ is absent in 15 % of the images.
+    """
+    name, classes, volumes = "demo", ORGANS, True
+    pairs = tuple((organ, "ct") for organ in ORGANS)
+
+    def __init__(self, split="train", seed=0, n=None, overlap=0.3, contrast=1.0, size=1.0):
+        for knob, value, good in (("overlap", overlap, 0 <= overlap <= 1), ("contrast", contrast, 0 <= contrast <= 10),
+                                  ("size", size, 0 < size <= 3), ("n", n, n is None or n > 0)):
+            if not good:
+                raise InputError(f"demo's {knob} {value}: out of range; overlap 0..1, contrast 0..10, size 0..3, n > 0")
+        self.split, self.seed = split, seed
+        self.overlap, self.contrast, self.size = overlap, contrast, size
+        self.n = n or {"train": 160, "val": 16, "test": 32}[split]
+
+    def __len__(self):
+        return self.n
+
+    def case(self, i):
+        return f"{self.split}{i:04d}"
+
+    def spacing(self, case):
+        return None  # drawn, not scanned
+
+    def key(self, i):
+        return f"{self.split}{i:04d}_slice000"
+
+    def read(self, i):
+        rng = seeded("demo", self.seed, self.split, i)
+        return from_labels(*draw(rng, self.classes, self.overlap, self.contrast, self.size), self.classes, "ct")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
 
 # name: centre (x, y) in fractions of the body's half axes, half axes in pixels of the 256 grid, degrees, brightness,
 # strength of the texture. Radiological convention: the patient's right is on the image's left. Later ones lie in front.
-ORGANS = {
+DRAWN = {
     "spleen": ((0.70, 0.16), (14, 31), 12, 0.57, 0.02),
     "liver": ((-0.52, -0.08), (42, 45), 8, 0.55, 0.025),
     "right kidney": ((-0.43, 0.42), (17, 22), 14, 0.62, 0.03),
@@ -124,7 +172,7 @@ def draw(rng, classes, overlap, contrast, size):
     behind = draw_body(rng, at, scale)
     front, label = behind.copy(), np.zeros((256, 256), np.uint8)
     phase = rng.normal(0, 0.03)  # how much contrast medium has arrived
-    for name, ((x, y), axes, degrees, value, grain) in ORGANS.items():
+    for name, ((x, y), axes, degrees, value, grain) in DRAWN.items():
         # an organ draws from a generator of its own: the knobs change nothing but what they say
         own = np.random.default_rng(rng.integers(2 ** 62))
         here = own.random() > 0.15
@@ -158,9 +206,6 @@ def scan(rng, image):
 
 
 def main():
-    from PIL import Image
-    from common import InputError, Parser, whole
-    from readers import Demo
     parser = Parser(description="One of the drawn test slices as a PNG, to try predict.py on.")
     parser.add_argument("file")
     parser.add_argument("--image", type=int, default=0, help="its number, 0 to 31")
@@ -173,5 +218,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from common import run
     run(main)

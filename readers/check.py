@@ -10,9 +10,8 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, make_folder, write_atomically
-from data import SPLITS, knobs, make_sample, open_dataset
 from metrics import overlap_rate
-from texts import Texts
+from readers.pictures import SPLITS
 
 SMALL = 0.05  # the paper's small objects: below 5 % of the image
 
@@ -107,9 +106,9 @@ def count(records, name, seen):
     return numbers, wrong, list(dict.fromkeys([largest[target][1] for target in rare_first] + spread))[:24]
 
 
-def check_texts(args, source):
+def check_texts(texts, source):
     """One line for every class of the data set that lacks a text."""
-    texts, wrong = Texts(args.dataset, args.attributes_file, args.texts), []
+    wrong = []
     for pair in source.pairs:
         try:
             texts.check([pair])
@@ -118,34 +117,34 @@ def check_texts(args, source):
     return wrong
 
 
-def tile(dataset, i, size=256):
+def tile(sample):
     """-> (key, image, masks) for the contact sheet."""
-    sample = make_sample(dataset.source.read(dataset.row(i)), size, dataset.case(i), dataset.key(i))
     return sample.key, sample.image, list(zip(sample.targets, sample.masks))
 
 
-def stats(args):
-    """`data.py stats`: prints the tables and what is wrong -> 0, or 1 if anything is."""
-    if args.dataset is None:
-        raise InputError("--dataset: name the data set")
+def stats(args, open_split, open_texts):
+    """`data.py stats`: prints the tables and what is wrong -> 0, or 1 if anything is.
+
+    open_split("train") -> the Dataset of a split, open_texts() -> its Texts; InputError for what is wrong with them.
+    """
     for path in (args.json, args.sheet):
         if path:
             make_folder(Path(path).parent)
     wrong, splits, tiles, seen = [], {}, [], {}
     for split in SPLITS:
         try:
-            dataset = open_dataset(args.dataset, args.data, split, limit=args.limit, **knobs(args))
+            dataset = open_split(split)
         except InputError as e:
             wrong.append(str(e))
             continue
         if not splits:
-            wrong += [*getattr(dataset.source, "problems", ()), *check_texts(args, dataset.source)]
+            wrong += [*getattr(dataset.source, "problems", ()), *check_texts(open_texts(), dataset.source)]
         loader = torch.utils.data.DataLoader(Records(dataset), batch_size=None, num_workers=args.workers)
         bar = tqdm(loader, f"reading {split}", unit="image", mininterval=1)
         splits[split], found, rows = count(bar, split, seen)
         wrong += found
         if args.sheet and not tiles:
-            tiles = [tile(dataset, i) for i in rows]
+            tiles = [tile(dataset[i]) for i in rows]
     wrong = list(dict.fromkeys(wrong))
     if not splits:
         raise InputError(wrong[0])

@@ -27,13 +27,11 @@ import ijson
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, read_text
-from ops.build import locked
-from readers import SMALLEST, SUFFIXES, Picture, read_image, read_mask, split_cases
+from common import InputError, locked, read_text
+from readers.pictures import SMALLEST, SPLITS, SUFFIXES, Picture, read_image, read_mask, split_cases
 
 ORIGINAL, CLASS_IDS = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 TRAIN, TEST = "image2label_train.json", "label2image_test.json"
-SPLITS = ("train", "val", "test")
 ARRAYS = dict(names=np.uint8, name_at=np.int64, suffix=np.uint32, mask_at=np.int64, group=np.uint32,
               **dict.fromkeys(SPLITS, np.uint32))
 VERSION = 1  # of the index: another one is built anew
@@ -53,7 +51,7 @@ class SAMed2D:
 
     root/images/{modality}--{source}--{case}--{slice}.png, root/masks/{the image's stem}--{class id}_{number}.png,
     root/SAMed2D_v1.json {image: [masks]} and root/SAMed2D_v1_class_mapping_id.json {class: id}: as SA-Med2D-20M is
-    published. A fifth of the cases of every source is for testing, a twelfth for validation (readers.split_cases).
+    published. A fifth of the cases of every source is for testing, a twelfth for validation (pictures.split_cases).
 
     root/images/{stem}.png, root/masks/{stem}_{class}_{number}.png, root/image2label_train.json {image: [masks]} and
     root/label2image_test.json {mask: image}, or one of the two: SAM-Med2D's own form. The case is the stem without its

@@ -1,0 +1,21 @@
+"""The data sets, as their owners publish them: a file each, whose class lists the images and reads one at a time.
+
+    synapse, kits19, kvasir, sa_med2d, demo     the data sets
+    pictures                                    what they share: the Picture, splits, PNG and JPEG
+    volumes                                     NIfTI and DICOM, both ways
+    prepare, check                              data.py prepare, data.py stats
+
+Files are all that is known here: nothing of texts, prompts or the model. The classes have the same few names, so that
+data.py can treat them alike:
+
+    name, classes       of the data set; classes is a tuple of names
+    pairs               (class, modality), as they occur: the texts that are needed
+    volumes             True: the images of a case are the slices of one volume, in order, and are scored together
+    len(source)         images of the split
+    source.key(i)       the name of image i, unique in the data set
+    source.case(i)      the patient or volume that it belongs to
+    source.spacing(case)    of volumes: (z, y, x), the mm between voxels; None where nobody knows
+    source.read(i)      the Picture; InputError, in one line that names the file, for anything wrong with it
+
+Nothing is ever unpickled.
+"""

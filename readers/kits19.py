@@ -1,0 +1,98 @@
+"""KiTS19: kidneys and their tumors on CT, slices along three axes or whole volumes."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common import InputError, read_text
+from readers.pictures import SMALLEST, from_labels, split_cases, without_small
+
+
+class KiTS19:
+    """Kidneys and their tumors on CT, as `python data.py prepare kits19 RAW` lays the challenge's volumes out:
+
+    root/case_00000/image.npy, label.npy   uint8 [D,H,W], mapped into memory; 1 kidney, 2 tumor
+    root/case_00000/case.json              shape, spacing (z, y, x) in mm, pixels of each label per slice and axis
+
+    axes "xyz": slices along all three axes as independent images, as the paper has it, with the rules of SAM-Med2D:
+    masks below 0.153 % of a slice are left out, slices without a mask too, and so is an axis along which the shorter
+    side of the slices is below half the longer one. axes "z": every axial slice, and they are scored as volumes.
+    """
+    name, classes = "kits19", ("kidney", "kidney tumor")
+    pairs = (("kidney", "ct"), ("kidney tumor", "ct"))
+
+    def __init__(self, root, split, axes="xyz"):
+        if axes not in ("xyz", "z"):
+            raise InputError(f"--axes {axes}: choose xyz, slices along the three axes, or z, axial slices only")
+        self.root, self.volumes, self.opened = Path(root), axes == "z", None
+        cases = [path.parent.name for path in self.root.glob("case_*/case.json")]
+        if not cases:
+            raise InputError(f"{root}: holds no case_*/case.json; turn the challenge's NIfTI volumes into it once "
+                             f"with: python data.py prepare kits19 RAW --out {root}")
+        chosen = split_cases(cases, split)
+        if not chosen:
+            raise InputError(f"{root}: {len(cases)} case(s) leave none for {split}; prepare at least three")
+        self.items = [item for case in chosen for item in self.slices(case, axes)]
+
+    def slices(self, case, axes):
+        """(case, axis, number) of its slices, and nothing but its case.json is read for that."""
+        path = self.root / case / "case.json"
+        try:
+            record = json.loads(read_text(path))
+            shape, areas = record["shape"], record["areas"]
+            if axes == "z":
+                return [(case, 0, number) for number in range(shape[0])]
+            items = []
+            for axis, letter in enumerate("zyx"):
+                sides = [n for a, n in enumerate(shape) if a != axis]
+                if 2 * min(sides) >= max(sides):
+                    large = (np.array(areas[letter]) >= SMALLEST * sides[0] * sides[1]).any(0)
+                    items += [(case, axis, int(number)) for number in np.flatnonzero(large)]
+            return items
+        except (KeyError, IndexError, TypeError, ValueError) as e:
+            if isinstance(e, InputError):
+                raise
+            raise InputError(f"{path}: damaged ({type(e).__name__}); delete the folder and prepare the case "
+                             "again") from None
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getstate__(self):
+        return {**self.__dict__, "opened": None}
+
+    def case(self, i):
+        return self.items[i][0]
+
+    def spacing(self, case):
+        """(z, y, x) in mm."""
+        return json.loads(read_text(self.root / case / "case.json"))["spacing"]
+
+    def key(self, i):
+        case, axis, number = self.items[i]
+        return f"{case}--{'zyx'[axis]}_{number:04d}"
+
+    def read(self, i):
+        case, axis, number = self.items[i]
+        if not self.opened or self.opened[0] != case:
+            self.opened = case, *(self.open_volume(case, kind) for kind in ("image", "label"))
+        where = (slice(None),) * axis + (number,)
+        image, label = (volume[where] for volume in self.opened[1:])
+        label = np.ascontiguousarray(label)
+        if label.max() > 2:
+            raise InputError(f"{self.root / case / 'label.npy'}: label {label.max()} in {self.key(i)}, but only 0, 1 "
+                             "and 2 exist; prepare the case again")
+        picture = from_labels(np.ascontiguousarray(image), label, self.classes, "ct")
+        return picture if self.volumes else without_small(picture)
+
+    def open_volume(self, case, kind):
+        path, shape = self.root / case / f"{kind}.npy", json.loads(read_text(self.root / case / "case.json"))["shape"]
+        try:
+            volume = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise InputError(f"{path}: missing or truncated ({e}); delete the folder and prepare the case "
+                             "again") from None
+        if volume.dtype != np.uint8 or list(volume.shape) != shape:
+            raise InputError(f"{path}: is {volume.dtype} {list(volume.shape)}, but case.json says uint8 {shape}; "
+                             "delete the folder and prepare the case again")
+        return volume
