@@ -1,5 +1,5 @@
-"""What MedSeg-R stands on, all of it frozen: the image encoders of SAM's family, the text towers, and the image features
-that are kept on disk.
+"""What MedSeg-R stands on, all of it frozen: the image encoders of SAM's family, the text towers, and image features that
+are kept on disk.
 
     sam, its_hash = build_sam(config)       SAM's three parts for any image size, pretrained
     tower = TextEncoder("minilm")           texts -> tokens

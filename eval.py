@@ -14,16 +14,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import plots
-from ablations import run_tables
 from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
                     whole)
 from data import PROMPTS, add_data_flags, knobs, open_dataset
 from encoders import FeatureCache, fingerprint
 from inference import Predictor, answers, by_class, label_maps, original_image, predict
 from medsegr import Config, MedSegR
-from metrics import dice, iou, overlap_rate, score, score_labels
+from metrics import (Journal, Scores, dice, iou, mean, overlap_rate, print_table, score, score_labels,
+                     summarise)
 from runs import load_checkpoint, newest_checkpoint
-from scores import Journal, Scores, mean, print_table, summarise
 from texts import TEXTS, Rephrased, Texts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def parse():
     add("--backbone"), add("--image-size", type=int), add("--normalize")
     add("--sam-checkpoint"), add("--clip")
     add_runtime_flags(parser)
-    group = parser.add_argument_group("rows of tables 3 to 6 and figure 6 (ablations.py)")
+    group = parser.add_argument_group("rows of tables 3 to 6 and figure 6 (paper/ablations.py)")
     group.add_argument("--tables", nargs="+", help="3 4 5 6 baselines figure6, or a JSON file of rows")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     group.add_argument("--out", default="out/tables")
@@ -191,6 +190,7 @@ def flags_of(args, *names):
 def main():
     args = parse()
     if args.tables:
+        from paper.ablations import run_tables
         args.cache = args.cache or "none"
         both = flags_of(args, "dataset", "data", "axes", "overlap", "contrast", "size", "attributes_file", "texts",
                         "precision", "cache", "cache_gb", "prompt", "points")

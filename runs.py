@@ -1,4 +1,4 @@
-"""What a training run leaves behind: checkpoints, the state to resume from, the log and its curves, and what the run was.
+"""What a training run leaves behind: checkpoints, the state to resume from, the log and its curves, what the run was.
 
     OUT/best.safetensors, last.safetensors, config.json     the trained parameters, and the configuration beside them
     OUT/training.safetensors                                the state to resume from

@@ -5,7 +5,7 @@
     python train.py --dataset synapse --out out/synapse --resume
 
 Writes OUT/best.safetensors and OUT/last.safetensors (with OUT/config.json), OUT/log.csv, OUT/curves.png, OUT/run.json
-and, for --resume, OUT/training.safetensors. SIGTERM and Ctrl-C save first. The draws are in batches.py, what is written
+and, for --resume, OUT/training.safetensors. SIGTERM and Ctrl-C save first. The draws are in data.py, what is written
 in runs.py.
 """
 import signal
@@ -23,10 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from batches import Batches, correction_points, move
 from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
                     total)
-from data import PROMPTS, add_data_flags, knobs, open_dataset
+from data import PROMPTS, Batches, add_data_flags, correction_points, knobs, move, open_dataset
 from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
 from medsegr import ATTRIBUTES, BRANCHES, Config, MedSegR

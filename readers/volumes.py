@@ -1,7 +1,7 @@
 """NIfTI and DICOM volumes: read upright, window by window of values, and written back onto their own grid.
 
-In memory a volume is [z, y, x]: z from inferior to superior, y from anterior to posterior, x from the patient's right to
-left, so that a slice is the upright radiological view with the patient's right on the image's left, however the file
+In memory a volume is [z, y, x]: z from inferior to superior, y from anterior to posterior, x from the patient's right
+to left, so that a slice is the upright radiological view with the patient's right on the image's left, however the file
 stores it. That is decided by the file's header alone. Axes are permuted and flipped, voxels never resampled.
 """
 import gzip

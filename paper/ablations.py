@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, make_folder, read_text, write_atomically
-from medsegr import ATTRIBUTES, BRANCHES
-from paper import NUMBERS
+from common import ATTRIBUTES, InputError, make_folder, read_text, write_atomically
+from medsegr import BRANCHES
+from paper.tables import NUMBERS
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent  # where train.py and eval.py lie
 OFF = ("--branches", "sam")  # SAM with its decoder tuned: no text, no stage
 
 
@@ -96,7 +96,7 @@ def run_row(folder, seed, flags, data_flags, eval_flags, train_flags):
          str(folder / "eval.json")]]
     for script, *rest in commands:
         with open(folder / "output.txt", "ab") as log:
-            done = subprocess.run([sys.executable, HERE / script, *rest], stdout=log, stderr=log)
+            done = subprocess.run([sys.executable, ROOT / script, *rest], stdout=log, stderr=log)
         if done.returncode:
             last = (folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1:]
             raise InputError(f"{folder}: {script} failed: {' '.join(last)[-300:]} (all of it: {folder}/output.txt)")

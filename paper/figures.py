@@ -1,0 +1,237 @@
+"""The paper's figures 3, 4 and 6 from evaluations, beside the paper's own numbers (paper.json).
+
+    python -m paper.figures figure3 MedSeg-R=x-box.json SAM=sam-box.json ... --out figure3.png
+    python -m paper.figures figure4 MedSeg-R=x-none.json SAM=sam-box.json --out figure4.png
+    python -m paper.figures figure6 LABEL=x-1.json LABEL=x-3.json --tables out/tables/tables.json --out figure6.png
+
+An evaluation is LABEL=FILE, as in tables.py; figures 7 to 9 are drawn by eval.py --plots.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
+
+from common import InputError, Parser, make_folder, read_text, run
+from paper.tables import (NUMBERS, add_command, average, by_modality, markdown, note, percent, read_evaluations,
+                          targets_of)
+from plots import COLOURS, plt
+
+SMALL = 0.05  # of the image's area: the paper's small objects
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing. Methods differ by marker, line and hatch as well as by colour
+
+STYLES = [dict(color=colour, marker=marker, linestyle=line) for colour, marker, line in zip(
+    (COLOURS[4], COLOURS[5], COLOURS[2], COLOURS[6], "#000000"), "osD^v", ("-", "--", "-.", ":", (0, (5, 1))))]
+HATCHES = ("", "///", "...", "xxx", "\\\\\\")
+
+
+def overlap_and_small(rows, path):
+    """Figure 3. rows: (prompt, {method: (overlap rates [n], Dice [n])}, {method: {modality: (Dice, n)}})."""
+    figure = plt.figure(figsize=(11, 4.6 * len(rows)))
+    for at, (prompt, lines, spokes) in enumerate(rows):
+        axis = figure.add_subplot(len(rows), 2, 2 * at + 1)
+        for style, (label, (x, y)) in zip(STYLES, lines.items()):
+            fit, edges = pearson(x, y), np.linspace(0, 1, 11)
+            bins = np.clip(np.digitize(x, edges) - 1, 0, 9)
+            means = [(x[bins == b].mean(), y[bins == b].mean()) for b in range(10) if (bins == b).any()]
+            axis.plot(*zip(*means), linestyle="", marker=style["marker"], color=style["color"], markersize=5)
+            if fit:
+                r, slope, start = fit
+                ends = np.array([x.min(), x.max()])
+                axis.plot(ends, start + slope * ends, linestyle=style["linestyle"], color=style["color"], linewidth=1.5)
+                label = f"{label}: r = {r:.2f}, slope {slope:.2f}"
+            axis.plot([], [], **style, label=label)
+        axis.set(xlabel="overlap rate (share of the box that boxes of other classes cover)", ylabel="Dice", ylim=(0, 1),
+                 xlim=(-0.02, 1.02), title=f"prompt {prompt}: {len(x)} targets; markers: means of tenths")
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.spines[["top", "right"]].set_visible(False)
+        names = [m for m in next(iter(spokes.values())) if any(s[m][1] for s in spokes.values())]
+        axis = figure.add_subplot(len(rows), 2, 2 * at + 2, projection="polar")
+        turn = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+        for style, (label, dice) in zip(STYLES, spokes.items()):
+            values = [dice[m][0] for m in names]
+            axis.plot([*turn, turn[0]], [*values, values[0]], **style, label=label, markersize=4, linewidth=1.4)
+        counts = next(iter(spokes.values()))
+        axis.set_xticks(turn, [f"{m}\n(n = {counts[m][1]})" for m in names], fontsize=8)
+        axis.tick_params(axis="x", pad=12)
+        axis.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
+        axis.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=7, color="#555555")
+        axis.set_title(f"prompt {prompt}: Dice of small objects (below 5 % of the image)", fontsize=10, pad=22)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.45, 1.0))
+    save(figure, path)
+
+
+def box_plots(boxes, path, title):
+    """Figure 4. boxes: {class: {method: [Dice of each case]}}; the cases are drawn as well."""
+    methods = list(dict.fromkeys(m for labels in boxes.values() for m in labels))
+    figure, axis = plt.subplots(figsize=(max(6, 0.55 * len(boxes) * (len(methods) + 0.8) + 1.2), 4.2))
+    width, handles = 0.8 / len(methods), []
+    for m, method in enumerate(methods):
+        colour, hatch = STYLES[m % len(STYLES)]["color"], HATCHES[m % len(HATCHES)]
+        places = [k + (m - (len(methods) - 1) / 2) * width for k, labels in enumerate(boxes.values()) if method in labels]
+        values = [labels[method] for labels in boxes.values() if method in labels]
+        drawn = axis.boxplot(values, positions=places, widths=0.85 * width, patch_artist=True, showfliers=False,
+                             medianprops=dict(color="black", linewidth=1.6), manage_ticks=False)
+        for box in drawn["boxes"]:
+            box.set(facecolor=(*to_rgb(colour), 0.35), hatch=hatch, edgecolor=colour)
+        for place, each in zip(places, values):
+            if len(each) <= 50:
+                axis.plot(place + np.linspace(-0.2, 0.2, len(each)) * width, each, "o", color="black", markersize=3)
+        handles.append(Patch(facecolor=(*to_rgb(colour), 0.35), hatch=hatch, edgecolor=colour, label=method))
+    counts = [max(map(len, labels.values())) for labels in boxes.values()]
+    axis.set_xticks(range(len(boxes)), [f"{name}\n(n = {n})" for name, n in zip(boxes, counts)], fontsize=8)
+    axis.set(ylabel="Dice", ylim=(-0.03, 1.03), title=title)
+    axis.legend(handles=handles, frameon=False, fontsize=8, ncols=len(methods), loc="upper center",
+                bbox_to_anchor=(0.5, -0.16))
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def fractions_and_points(fractions, points, path):
+    """Figure 6. fractions: {"1/16": [Dice of each seed]}; points: {method: {number of points: Dice}}."""
+    figure, axes = plt.subplots(1, bool(fractions) + bool(points), figsize=(4.8 * (bool(fractions) + bool(points)), 3.8),
+                                squeeze=False)
+    axes = list(axes[0])
+    if fractions:
+        axis, at = axes.pop(0), np.arange(len(fractions))
+        means, spread = [np.mean(v) for v in fractions.values()], [np.std(v, ddof=1) if len(v) > 1 else 0
+                                                                    for v in fractions.values()]
+        axis.errorbar(at, means, spread, capsize=4, **STYLES[0])
+        axis.set_xticks(at, [f"{name}\n(n = {len(v)})" for name, v in fractions.items()])
+        axis.set(xlabel="share of the training data (n: seeds; bars: ± sd)", ylabel="mean Dice (strict)", ylim=(0, None))
+    if points:
+        axis = axes.pop(0)
+        for style, (label, line) in zip(STYLES, points.items()):
+            axis.plot(sorted(line), [line[n] for n in sorted(line)], **style, label=label)
+        axis.set(xlabel="points per target", ylabel="mean Dice (strict)", ylim=(0, 1),
+                 xticks=sorted({n for line in points.values() for n in line}))
+        axis.legend(frameon=False, fontsize=8)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
+
+
+def pearson(x, y):
+    """-> (r, slope, intercept) of the line through the points by least squares; r is 0 if y is constant. None for
+    fewer than three points, or a constant x."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) < 3 or x.min() == x.max():
+        return None
+    dx, dy = x - x.mean(), y - y.mean()
+    slope = (dx @ dy) / (dx @ dx)
+    r = 0.0 if y.min() == y.max() else (dx @ dy) / np.sqrt((dx @ dx) * (dy @ dy))
+    return float(r), float(slope), float(y.mean() - slope * x.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From evaluations
+
+def several(columns):
+    """Targets of images with two classes or more: elsewhere nothing can overlap."""
+    classes = {}
+    for image, target in zip(columns["image"], columns["target"]):
+        classes.setdefault(image, set()).add(target)
+    return np.array([len(classes[image]) > 1 for image in columns["image"]], bool)
+
+
+def figure3(evaluations, path):
+    """Left: Dice over the overlap rate; right: Dice of small objects per modality. A row for each prompt."""
+    rows = []
+    for prompt in ("box", "point", "none"):
+        lines, spokes = {}, {}
+        for label, e in evaluations:
+            if e["prompt"] == prompt:
+                crowd = targets_of(e, several)
+                lines[label] = crowd["overlap"], crowd["dice_strict"]
+                spokes[label] = by_modality(e, lambda columns: columns["area"] < SMALL)
+        if lines:
+            rows.append((prompt, lines, spokes))
+    if not rows:
+        raise InputError("no evaluation to draw")
+    overlap_and_small(rows, path)
+    heads, body = ["prompt", "r", "slope", "targets", "small: average Dice", "small objects"], []
+    for prompt, lines, spokes in rows:
+        for label, (x, y) in lines.items():
+            fit = pearson(x, y)
+            body.append([f"{label}, {prompt}", *(["-", "-"] if fit is None else [f"{fit[0]:.2f}", f"{fit[1]:.2f}"]),
+                         str(len(x)), percent(average(spokes[label])), str(sum(n for _, n in spokes[label].values()))])
+        for name, (r, slope) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
+            small = NUMBERS["figure3"]["small"][prompt].get(name)
+            body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{slope:.2f}", "-",
+                         f"{small:.2f}" if small else "-", "-"])
+    return (markdown(heads, body) + "\nOverlap rate: the share of a target's bounding box that boxes of other classes in "
+            f"its image cover, over the images with two classes or more; small: below {SMALL:.0%} of the image.\n"
+            + note(False))
+
+
+def figure4(evaluations, path):
+    """Box plots of Dice per class, over the cases."""
+    boxes = {}
+    for label, e in evaluations:
+        columns = e["volumes"] or e["targets"]
+        for target, dice in zip(columns["target"], columns["dice_strict"]):
+            if dice is not None:
+                boxes.setdefault(target, {}).setdefault(f"{label}, {e['prompt']}", []).append(dice)
+    if not boxes:
+        raise InputError("no evaluation to draw")
+    unit = "volumes" if evaluations[0][1]["volumes"] else "images"
+    box_plots(boxes, path, f"{evaluations[0][1]['dataset']}: Dice (strict) of single {unit}")
+    rows = [[f"{target}, {label}", str(len(v)), *(percent(q) for q in np.quantile(v, (0.25, 0.5, 0.75)))]
+            for target, labels in boxes.items() for label, v in labels.items()]
+    return markdown(["", unit, "first quartile", "median", "third quartile"], rows)
+
+
+def figure6(evaluations, path, tables):
+    """Left: Dice over the share of the training data; right: over the number of points."""
+    fractions, points = {}, {}
+    if tables:
+        try:
+            rows = json.loads(read_text(tables))["figure6"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{tables}: holds no figure6; make it with: python eval.py --tables figure6") from None
+        fractions = {row: values for row, values in rows.items() if values}
+    for label, e in evaluations:
+        if e["prompt"] == "point":
+            points.setdefault(label, {})[e["points"]] = e["table"]["mean"]["dice_strict"]
+    if not fractions and not points:
+        raise InputError("nothing to draw: give evaluations with --prompt point, or --tables FILE")
+    fractions_and_points(fractions, points, path)
+    paper = NUMBERS["figure6"]
+    rows = [[f"{row} of the training data", percent(np.mean(v)), f"± {100 * np.std(v, ddof=1):.2f}, {len(v)} seeds"
+             if len(v) > 1 else "one seed", f"{paper['fraction'][row]:.2f}" if row in paper["fraction"] else "-"]
+            for row, v in fractions.items()]
+    rows += [[f"{label}, {n} point{'s' * (n > 1)}", percent(v), "", "-"] for label, line in points.items()
+             for n, v in sorted(line.items())]
+    return markdown(["", "Dice", "", "paper*"], rows) + note(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in (figure3, figure4):
+        add_command(commands, function, "+", "a PNG")
+    add_command(commands, figure6, "*", "a PNG").add_argument(
+        "--tables", help="the tables.json that eval.py --tables figure6 wrote")
+    args = parser.parse_args()
+    evaluations = read_evaluations(args.evaluations)
+    if args.out:
+        make_folder(Path(args.out).parent)
+    path = args.out or f"{args.command}.png"
+    more = (args.tables,) if args.command == "figure6" else ()
+    text = dict(figure3=figure3, figure4=figure4, figure6=figure6)[args.command](evaluations, path, *more)
+    print(text + f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    run(main)
