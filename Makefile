@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --dataset demo --image-size 128 --feature-grid 16 --batch-size 8 --max-steps 160 --warmup 20 \
 		--out out/demo
 	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --json out/demo/table.json --plots out/demo/plots
-	$(BIN)/python demo.py out/demo/slice.png
+	$(BIN)/python -m readers.demo out/demo/slice.png
 	$(BIN)/python predict.py out/demo/slice.png --checkpoint out/demo/last.safetensors --target liver --target spleen \
 		--explain --out out/demo/predict
 

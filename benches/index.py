@@ -11,7 +11,7 @@ import torch
 
 from benches.timing import in_a_process, memory
 from common import InputError, make_folder
-from sa_med2d import CLASS_IDS, ORIGINAL, SAMed2D
+from readers.sa_med2d import CLASS_IDS, ORIGINAL, SAMed2D
 
 
 WORKERS, TOUCHES = 4, 20_000

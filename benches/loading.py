@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from batches import add_prompts, make_batch
 from benches.timing import measure
 from common import InputError, seeded
-from data import Texts, open_dataset
+from data import add_prompts, make_batch, open_dataset
+from texts import Texts
 
 MASKS = 5  # per image: SAM-Med2D's default
 WORKERS, PEER = (1, 2, 4), "SAM-Med2D's"

@@ -6,11 +6,11 @@ import torch
 from segment_anything import sam_model_registry
 
 from benches.timing import timed
-from data import Texts
-from eval import autocast
+from inference import autocast
 from medsegr import Config, MedSegR
-from paper import NUMBERS
-from readers import ORGANS
+from paper.tables import NUMBERS
+from readers.synapse import ORGANS
+from texts import Texts
 
 
 def plain_sam(device):

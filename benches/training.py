@@ -12,12 +12,12 @@ import torch
 
 import medsegr
 import ops
-from batches import Batch
 from benches.timing import in_a_process, measure, memory
 from common import InputError
-from data import Texts
-from eval import autocast
-from readers import ORGANS
+from data import Batch
+from inference import autocast
+from readers.synapse import ORGANS
+from texts import Texts
 from train import Objective, segmentation_loss
 
 
@@ -132,7 +132,7 @@ def steps(settings, kind):
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
     clicks = [(1, 3, 5, 9, 3, 0, 5, 0)[n] for n in range(rounds - 1)]
 
-    part = 1 if device.type == "cpu" else 16  # as cache.py encodes
+    part = 1 if device.type == "cpu" else 16  # as encoders.FeatureCache encodes
     stored = torch.cat([model.encode_image(batch.images[n:n + 1]) for n in range(B)]).half() if cached else None
 
     def step():

@@ -4,14 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import encoders  # noqa: E402
 import medsegr  # noqa: E402
+import runs  # noqa: E402
 from common import InputError  # noqa: E402
 
-medsegr.TextEncoder = functools.lru_cache(maxsize=None)(medsegr.TextEncoder)
+encoders.TextEncoder = medsegr.TextEncoder = functools.lru_cache(maxsize=None)(encoders.TextEncoder)
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 
@@ -50,3 +53,22 @@ def linked(tmp_path, real_data):
                 (root / path.name).write_bytes(path.read_bytes())
         return root
     return link
+
+
+@pytest.fixture(scope="module")
+def small():
+    """An untrained model that is quick."""
+    return medsegr.MedSegR(medsegr.Config(image_size=64, feature_grid=8)).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small model whose heads do something, saved; -> (model, its folder)."""
+    torch.manual_seed(0)
+    model = medsegr.MedSegR(medsegr.Config(image_size=64, feature_grid=8)).eval()
+    for head in model.perceptual.children():
+        torch.nn.init.normal_(head.linear.weight, std=0.3)
+    torch.nn.init.normal_(model.refine.out.weight, std=0.02)
+    folder = tmp_path_factory.mktemp("model")
+    runs.save_checkpoint(model, folder / "last.safetensors", dataset="demo")
+    return runs.load_checkpoint(folder)[0], folder

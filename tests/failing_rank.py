@@ -5,11 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import batches  # noqa: E402
+import data  # noqa: E402
 import train  # noqa: E402
 from common import InputError, run  # noqa: E402
 
-draw = batches.Batches.draw
+draw = data.Batches.draw
 
 
 def damaged(self, step, *rest):
@@ -18,5 +18,5 @@ def damaged(self, step, *rest):
     return draw(self, step, *rest)
 
 
-batches.Batches.draw = damaged
+data.Batches.draw = damaged
 run(train.main)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from medsegr import Config, MedSegR, save_checkpoint
+from medsegr import Config, MedSegR
+from runs import save_checkpoint
 from test_report import free_port
 
 gr = pytest.importorskip("gradio")

@@ -1,47 +1,30 @@
-"""data.py: samples on the model's grid, variations, prompts, texts and batches."""
-import json
-import re
+"""data.py: samples on the model's grid, variations, prompts, batches; every sample once, the same draws whoever draws
+them, prompts where they belong."""
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
-import common
 import data
+from common import ATTRIBUTES
 from conftest import ROOT, fails
-from batches import add_prompts, make_batch
-from data import (ATTRIBUTES, Texts, box_prompt, make_sample, open_dataset, point_prompt, prompt_rng, to_original,
-                  vary)
-from readers import ORGANS, Picture
-from sa_med2d import SAMed2D
+from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, make_batch, make_sample, move,
+                  open_dataset, point_prompt, prompt_rng, to_original, vary)
+from encoders import FeatureCache
+from readers.pictures import Picture
+from readers.synapse import ORGANS
+from texts import Texts
 
 KNOWN = Texts("synapse")
 SAMPLES = [open_dataset("demo", image_size=64)[i] for i in range(4)]
 
 
-@pytest.mark.parametrize("body, status, words", [
-    ("raise common.InputError('--x: bad\\nvalue; give a good one')", 2, "t.py: --x: bad value; give a good one"),
-    ("raise OSError('disk')", 2, "t.py: disk"),
-    ("raise KeyboardInterrupt", 130, "t.py: interrupted"),
-    ("common.Parser().parse_args(['--nothere'])", 2, "t.py: unrecognized arguments: --nothere; --help lists the flags"),
-    ("data.open_dataset('synapse', 'missing')", 2, "t.py: missing: no such folder"),
-])
-def test_run(tmp_path, monkeypatch, capsys, body, status, words):
-    def main():
-        exec(body, {"common": common, "data": data})
-
-    monkeypatch.setattr(sys, "argv", ["folder/t.py"])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as e:
-        common.run(main, OSError)
-    out, err = capsys.readouterr()
-    assert e.value.code == status and out == "" and err.startswith(words) and err.count("\n") == 1
-
-
 # --- samples
+
 
 def test_to_original():
     rng = np.random.default_rng(0)
@@ -58,6 +41,7 @@ def test_to_original():
 
 
 # --- prompts
+
 
 def random_mask(rng):
     """A filled rectangle with some pixels knocked out, on a grid whose sides differ."""
@@ -118,6 +102,7 @@ def test_prompt_rng():
 
 
 # --- variations
+
 
 class Said:
     """Stands for Texts: the words that are said of every sample."""
@@ -202,135 +187,7 @@ def test_a_view_is_the_same_whenever_it_is_asked_for():
 
 # --- texts
 
-EVERYTHING = json.loads((ROOT / "attributes.json").read_text())
-
-
-def lists(wordings):
-    """[(modality or None, [texts])] of an attribute."""
-    return list(wordings.items()) if isinstance(wordings, dict) else [(None, wordings)]
-
-
-def test_attributes_are_complete():
-    needed = {"synapse": ORGANS, "demo": ORGANS, "kits19": ("kidney", "kidney tumor"), "kvasir": ("polyp",)}
-    for name, classes in needed.items():
-        Texts(name).check([(target, "endoscopy" if name == "kvasir" else "ct") for target in classes])
-    every = []
-    for entry in EVERYTHING.values():
-        for target, attributes in entry.items() if isinstance(entry, dict) else ():
-            assert set(attributes) == set(ATTRIBUTES), target
-            for kind in ATTRIBUTES:
-                for modality, texts in lists(attributes[kind]):
-                    assert len(set(texts)) == len(texts) >= 4, (target, kind)
-                    assert modality in (None, "ct", "mr", "pet", "ultrasound", "x-ray", "endoscopy", "dermoscopy",
-                                        "fundus")
-                    every += texts
-    for text in every:
-        assert 4 <= len(text.split()) <= 26 and text == text.strip() and text.isascii(), text
-
-
-def test_texts_fit_the_context_of_clip():
-    """Nothing of a text is cut off: the end-of-text token is not the last of the 77."""
-    tokenize = open_clip.get_tokenizer("ViT-B-16")
-    texts = [t for entry in EVERYTHING.values() if isinstance(entry, dict) for a in entry.values()
-             for kind in ATTRIBUTES for _, wordings in lists(a[kind]) for t in wordings]
-    assert (tokenize(texts).argmax(1) < 76).all()
-
-
-def test_texts_of_the_real_samples(linked):
-    """Every class of the real SA-Med2D images has texts for the modality that shows it."""
-    Texts("sa-med2d").check(SAMed2D(linked("sa-med2d-mini"), "train").pairs)
-
-
-@pytest.mark.parametrize("target, patient, image", [
-    ("right kidney", "right", "left"), ("liver", "right", "left"), ("gallbladder", "right", "left"),
-    ("left kidney", "left", "right"), ("spleen", "left", "right"), ("stomach", "left", "right")])
-def test_sides(target, patient, image):
-    """Every position says the patient's side and the image's, which is the other, and neither the wrong way round."""
-    def of_patient(side, text):
-        return re.search(rf"patient's {side}|{side} (upper abdomen|retroperitoneum) of the patient", text)
-
-    def of_image(side, text):
-        return re.search(rf"{side}( \w+)? of the (spine in the )?image|image's (\w+ )?{side}|image {side}", text)
-
-    for text in KNOWN.wordings(target, "ct", "position"):
-        assert of_patient(patient, text) and of_image(image, text), text
-        assert not of_patient(image, text) and not of_image(patient, text), text
-
-
-def test_attribute_texts():
-    first = KNOWN("liver", "ct")
-    wordings = {kind: KNOWN.wordings("liver", "ct", kind) for kind in ATTRIBUTES}
-    assert first == {kind: wordings[kind][0] for kind in ATTRIBUTES} == KNOWN("liver", "ct")
-    rng = np.random.default_rng(0)
-    drawn = [KNOWN("liver", "ct", rng=rng) for _ in range(200)]
-    for kind in ATTRIBUTES:
-        assert {d[kind] for d in drawn} == set(wordings[kind])
-    assert len({tuple(d.values()) for d in drawn}) > 50  # the attributes are drawn apart
-    fails(lambda: KNOWN("heart", "ct"), "attributes.json", "class heart", '"heart": {"position"')
-
-
-def test_the_look_may_depend_on_the_modality(tmp_path):
-    path = tmp_path / "a.json"
-    organ = {"position": ["p"], "texture": {"ct": ["gray"], "mr": ["bright"]}, "shape": ["s"]}
-    path.write_text(json.dumps({"mine": {"liver": organ}}))
-    texts = Texts("mine", path)
-    assert texts("liver", "ct")["texture"] == "gray" and texts("liver", "mr")["texture"] == "bright"
-    assert texts("liver", "mr")["shape"] == "s"
-    fails(lambda: texts("liver", "pet"), path, "mine, liver, texture: nothing for pet, only for ct, mr",
-          '"pet": ["..."]')
-    fails(lambda: texts.check([("liver", "ct"), ("liver", "pet")]), "pet")
-
-
-def test_bad_attributes(tmp_path):
-    path, organ = tmp_path / "a.json", {kind: ["one", "two"] for kind in ATTRIBUTES}
-    good, pairs = {"synapse": {target: organ for target in ORGANS}}, [(organ, "ct") for organ in ORGANS]
-
-    def refuses(content, *words, name="synapse"):
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        fails(lambda: Texts(name, path).check(pairs), path, *words)
-
-    fails(lambda: Texts("synapse", path), path)
-    refuses("{", "not JSON")
-    refuses("[]", "no texts for data set synapse")
-    refuses(good, "no texts for data set kits19", '"kits19": {', '"position": ["..."]', name="kits19")
-    refuses({"demo": "kits19", **good}, "demo", name="demo")
-    refuses({"synapse": {t: organ for t in ORGANS[1:]}}, "class spleen", '"spleen": {"position"')
-    for bad in ([], [""], ["good", "  "], "text", None, [3], {"mr": ["x"]}, {"ct": [" "]}):
-        refuses({"synapse": {**good["synapse"], "aorta": {**organ, "shape": bad}}}, "synapse, aorta, shape")
-    path.write_text(json.dumps({"demo": "synapse", "mine": {"heart": organ}, **good}))
-    assert Texts("demo", path).classes == Texts("synapse", path).classes == good["synapse"]
-    assert Texts("mine", path)("heart", "ct") == {kind: "one" for kind in ATTRIBUTES}
-
-
-def test_texts_of_single_images(tmp_path):
-    path, sample = tmp_path / "texts.jsonl", SAMPLES[0]
-    target, *others = sample.targets
-    lines = [dict(image=sample.key, target=target, position="here", shape=["round", "oval"]), None,
-             dict(image=sample.case, target=others[0], texture="dark"),
-             dict(image="elsewhere", target=target, position="there", texture="x", shape="y")]
-    path.write_text("\n".join(json.dumps(line) if line else "" for line in lines))
-    texts = Texts("demo", per_image=path)
-    plain = KNOWN(target, "ct")
-    assert texts(target, "ct", sample) == {**plain, "position": "here", "shape": "round"}
-    assert texts(others[0], "ct", sample) == {**KNOWN(others[0], "ct"), "texture": "dark"}  # by its case
-    assert texts(target, "ct", SAMPLES[1]) == plain == texts(target, "ct")
-    rng = np.random.default_rng(0)
-    assert {texts(target, "ct", sample, rng)["shape"] for _ in range(40)} == {"round", "oval"}
-    assert "here" in texts.all(sample) and "there" not in texts.all(sample)
-    batch = make_batch([sample], texts, rng, 9, 0.0)
-    assert batch.texts[batch.targets.index(target)]["position"] == "here"
-    for bad, words in (('{"image": "a"}', "line 2: not {"), ("[1]", "line 2"), ("{", "line 2"),
-                       ('{"image": "a", "target": 3}', "should be texts"),
-                       ('{"image": "a", "target": "b", "shape": " "}', "line 2: shape is empty"),
-                       ('{"image": "a", "target": "b", "shape": []}', "line 2: shape is empty"),
-                       (json.dumps(lines[0]), "second time")):
-        path.write_text(json.dumps(lines[0]) + "\n" + bad)
-        fails(lambda: Texts("demo", per_image=path), path, words)
-    fails(lambda: Texts("demo", per_image=tmp_path / "no.jsonl"), "no.jsonl")
-
-
 # --- batches
-
 
 
 def batch_of(samples, prompt, rng, max_targets=4, absent=0.25, points=1, noise=True):
@@ -392,3 +249,127 @@ def test_empty_batch():
     fails(lambda: batch_of([nothing], "scribble", rng), "--prompt scribble")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of the samples, the draws of a step
+
+ARGS = dict(seed=1, views=0, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
+            absent=0.25)
+
+
+class Numbers(list):
+    """Stands for a data set of n samples."""
+
+    def __init__(self, n):
+        super().__init__(range(n))
+
+
+def of(dataset, rank=0, world=1, first=0, last=100, **args):
+    args = Namespace(**{**ARGS, **args})
+    return Batches(dataset, Texts("demo"), FeatureCache(None, ""), args, rank, world, first, last)
+
+
+@pytest.mark.parametrize("n,batch,accumulate,world", [(10, 3, 1, 1), (10, 3, 1, 2), (7, 2, 2, 4), (12, 4, 3, 3),
+                                                      (5, 8, 1, 2), (100, 1, 1, 8)])
+def test_an_epoch_visits_every_sample_once(n, batch, accumulate, world, monkeypatch):
+    """All ranks together, whatever does not divide evenly, and in another order each time."""
+    monkeypatch.setattr(Batches, "draw", lambda self, step, place, number, view, prompt: number)
+    monkeypatch.setattr(Batches, "join", lambda self, samples: samples)
+    ranks = [of(Numbers(n), rank, world, batch_size=batch, accumulate=accumulate) for rank in range(world)]
+    epochs = []
+    for epoch in range(2):
+        steps = [[r[epoch * r.per_epoch + i] for r in ranks] for i in range(ranks[0].per_epoch)]
+        assert all(len(micro) == accumulate and max(map(len, micro)) <= batch for step in steps for micro in step)
+        seen = [x for step in steps for micro in step for rows in micro for x in rows]
+        assert sorted(seen) == list(range(n))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
+def test_views_take_turns():
+    """With two views an image comes as it is and in each of its variations within three epochs."""
+    some = of(Numbers(6), batch_size=3, views=2)
+    seen = [pair for step in range(6) for pair in some.rows(step)]
+    assert sorted(seen) == [(i, view) for i in range(6) for view in range(3)]
+    assert {view for _, view in seen[:6]} == {0, 1, 2}  # not all of them the same in one epoch
+
+
+def flat(batches):
+    """One line per target of what was drawn, without the order."""
+    return sorted((b.targets[m], *b.texts[m].values(), b.masks[m].sum().item(),
+                   () if b.points is None else b.points[0][m].tolist(), () if b.boxes is None else b.boxes[m].tolist(),
+                   b.theta[b.index[m]].tolist(), () if b.clicks is None else b.clicks[m].sum().item())
+                  for b in batches for m in range(len(b.targets)))
+
+
+@pytest.mark.parametrize("prompt", ["none", "point", "box", "mixed"])
+def test_draws_do_not_depend_on_who_draws(prompt):
+    """One process, three, accumulated, resumed: the same targets, wordings, prompts and movements."""
+    dataset = open_dataset("demo", image_size=64, limit=9)
+    whole = of(dataset, batch_size=6, prompt=prompt, rounds=3, points=3)
+    parts = [of(dataset, rank, 3, batch_size=1, accumulate=2, prompt=prompt, rounds=3, points=3) for rank in range(3)]
+    resumed = of(dataset, first=3, batch_size=6, prompt=prompt, rounds=3, points=3)
+    for step in range(4):
+        one = flat(whole[step])
+        assert one and one == flat([b for rank in parts for b in rank[step]])
+        assert whole.clicks_of(step, 2) == parts[2].clicks_of(step, 2)
+    assert flat(whole[3]) == flat(resumed[0])
+
+
+def test_a_process_without_a_share_has_an_empty_batch():
+    dataset = open_dataset("demo", image_size=64, limit=1)
+    empty, = of(dataset, rank=1, world=2, prompt="box")[0]
+    assert len(empty.masks) == len(empty.images) == 0 and empty.texts == []
+
+
+def test_rounds_of_clicks():
+    """1, 3, 5 or 9 points, and none in the last round and in one before it."""
+    some = of(Numbers(9), rounds=9)
+    for step in range(50):
+        clicks = [some.clicks_of(step, n) for n in range(1, 9)]
+        assert clicks[-1] == 0 and clicks.count(0) == 2 and set(clicks) <= {0, *CLICKS}
+    assert of(Numbers(9), rounds=2).clicks_of(0, 1) in CLICKS
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_correction_points(seed):
+    """A click lands on an error, positive where something was missed; with nothing wrong, on the mask."""
+    torch.manual_seed(seed)
+    H, W = (int(n) for n in torch.randint(3, 30, (2,)))
+    masks = torch.rand(6, H, W) < torch.tensor([0, 0.01, 0.3, 0.7, 1.0, 0.2])[:, None, None]
+    prediction = masks ^ (torch.rand(6, H, W) < torch.tensor([0, 0.02, 0.5, 0, 0.01, 1.0])[:, None, None])
+    draws = torch.rand(6, 5)
+    draws[:, 0], draws[:, 1] = 0.0, 1.0 - 2 ** -24
+    points, labels = correction_points(prediction, masks, draws)
+    assert points.shape == (6, 5, 2) and points.dtype == torch.float32 and labels.dtype == torch.int64
+    for m in range(6):
+        wrong = prediction[m] ^ masks[m]
+        for (x, y), label in zip(points[m].long(), labels[m]):
+            if not wrong.any() and not masks[m].any():
+                assert label == -1  # SAM's padding
+            else:
+                assert label == masks[m, y, x] and (wrong[y, x] if wrong.any() else label == 1)
+
+
+def test_correction_points_are_uniform():
+    masks, prediction = torch.zeros(1, 5, 7, dtype=torch.bool), torch.zeros(1, 5, 7, dtype=torch.bool)
+    masks[0, 2, 1:5] = True
+    points, labels = correction_points(prediction, masks, torch.arange(0, 1, 0.001)[None])
+    assert torch.unique(points[0], dim=0, return_counts=True)[1].tolist() == [250] * 4 and labels.min() == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_jitter_moves_features_and_masks_alike(seed):
+    """Where the features are the image of the masks they still are after it."""
+    x, y = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy")
+    masks = torch.stack([((x - a) / 16) ** 2 + ((y - b) / 11) ** 2 < 1 for a, b in ((25, 30), (38, 33), (30, 40))])
+    rng = np.random.default_rng(seed)
+    theta = torch.stack([draw_jitter(rng, 0.1) for _ in range(3)])
+    features = move(F.avg_pool2d(masks[:, None].float(), 2), theta)
+    moved = move(masks[:, None].float(), theta, "nearest")[:, 0] > 0.5
+    for m in range(3):
+        from_features = F.interpolate(features[m][None], (64, 64), mode="bilinear")[0, 0] > 0.5
+        assert 2 * (from_features & moved[m]).sum() / (from_features.sum() + moved[m].sum()) > 0.95
+        assert not torch.equal(moved[m], masks[m])
+    still = torch.stack([draw_jitter(rng, 0.0)] * 3)
+    assert torch.equal(move(masks[:, None].float(), still, "nearest")[:, 0] > 0.5, masks)
+    assert not len(move(torch.zeros(0, 4, 8, 8), torch.zeros(0, 2, 3)))

@@ -1,10 +1,9 @@
-"""Evaluation: the metrics against medpy, the merging of answers, prompts, and bad input."""
+"""Evaluation: real data, going on after a kill, several processes, pictures, and bad input."""
 import json
 import os
 import subprocess
 import sys
 
-import medpy.metric.binary as medpy
 import numpy as np
 import pytest
 import torch
@@ -13,116 +12,9 @@ from PIL import Image
 import eval as evaluation
 from common import InputError
 from conftest import ROOT
-from data import Texts, open_dataset
+from data import open_dataset
 from medsegr import Config, MedSegR
-from readers import ORGANS
-
-
-def random_volume(rng, shape=(6, 40, 36)):
-    """A label map of a few boxes."""
-    label = np.zeros(shape, np.uint8)
-    for i in rng.permutation(np.arange(1, 9))[:6]:
-        low = [int(rng.integers(0, n - 3)) for n in shape]
-        label[tuple(slice(a, a + int(rng.integers(2, max(3, n // 2)))) for a, n in zip(low, shape))] = i
-    return label
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_scores_are_medpys(seed):
-    """Uncropped, on volumes with organs at the border, missing on one side, on the other, on both."""
-    rng = np.random.default_rng(seed)
-    truth, prediction = random_volume(rng), random_volume(rng)
-    half = truth == prediction[:, ::-1]
-    prediction[half] = truth[half]
-    scores = evaluation.score_labels(prediction, truth, ORGANS)
-    for i, name in enumerate(ORGANS, 1):
-        a, b, s = prediction == i, truth == i, scores[name]
-        if a.any() and b.any():
-            assert s["dice"] == s["dice_strict"] == pytest.approx(medpy.dc(a, b), abs=1e-12)
-            assert s["hd95"] == s["hd95_strict"] == pytest.approx(medpy.hd95(a, b), abs=1e-9)
-        elif a.any():
-            assert (s["dice"], s["hd95"]) == (1, 0) and s["dice_strict"] == 0  # TransUNet's rule
-        elif b.any():
-            assert (s["dice"], s["hd95"]) == (0, 0) and s["hd95_strict"] == pytest.approx(np.linalg.norm(truth.shape))
-        else:
-            assert (s["dice"], s["hd95"]) == (0, 0) and s["dice_strict"] is None
-
-
-def scores_of(cases):
-    """{case: {class: score()}} -> Scores"""
-    scores = evaluation.Scores()
-    for i, (case, classes) in enumerate(cases.items()):
-        for name, numbers in classes.items():
-            scores.add(i, case, name, "ct", numbers)
-    return scores
-
-
-def test_table_is_the_mean_over_cases_then_organs():
-    full = np.repeat(np.arange(9, dtype=np.uint8), 4).reshape(1, 9, 4)
-    none = np.zeros_like(full)
-    cases = {"a": evaluation.score_labels(full, full, ORGANS), "b": evaluation.score_labels(none, full, ORGANS)}
-    summarise = lambda: evaluation.summarise(scores_of(cases), scores_of(cases).name)
-    table = summarise()
-    assert table["liver"]["dice"] == 0.5 and table["mean"]["dice_strict"] == 0.5 and table["liver"]["cases"] == 2
-    low, high = table["liver"]["ci_strict"]
-    assert low == 0 and high == 1 and table["mean"]["ci_strict"] == (low, high)
-    cases["c"] = evaluation.score_labels(none, none, ORGANS)  # strict: says nothing
-    table = summarise()
-    assert table["mean"]["dice"] == pytest.approx(1 / 3) and table["mean"]["dice_strict"] == 0.5
-    assert table["mean"]["cases"] == 3 and "hd95_mm" not in table["mean"]
-
-
-def test_an_empty_table():
-    table = evaluation.summarise(evaluation.Scores(), [])
-    assert table["mean"]["dice_strict"] is None and table["mean"]["cases"] == 0
-    evaluation.print_table(table, "nothing")
-
-
-def test_means_of_groups_equal_plain_loops():
-    """Modalities over targets, several per image and case, some without a value: against a loop in float64."""
-    rng, scores = np.random.default_rng(0), evaluation.Scores()
-    for i in range(60):
-        for _ in range(rng.integers(1, 4)):
-            value = None if rng.random() < 0.2 else float(rng.random())
-            scores.add(i, f"case{i // 3}", "x", ("ct", "mr", "pet")[rng.integers(3)], dict(dice_strict=value))
-    table = evaluation.summarise(scores, scores.modality)
-    means = []
-    for m in dict.fromkeys(scores.modality):
-        values = [v for v, name in zip(scores["dice_strict"], scores.modality) if name == m and v == v]
-        means.append(sum(values) / len(values))
-        assert table[m]["dice_strict"] == pytest.approx(means[-1], abs=1e-12)
-        low, high = table[m]["ci_strict"]
-        assert low < means[-1] < high
-    assert table["mean"]["dice_strict"] == pytest.approx(sum(means) / 3, abs=1e-12)
-
-
-def test_the_most_certain_answer_wins():
-    logits = torch.full((3, 4, 4), -1.0)
-    logits[0, 0], logits[1, 0, 0], logits[2, 3] = 2.0, 3.0, 0.5
-    label = evaluation.label_map(["right kidney", "liver", "pancreas"], logits, (4, 4), ORGANS)
-    assert label[0].tolist() == [5, 2, 2, 2] and label[3].tolist() == [8] * 4 and not label[1:3].any()
-    assert evaluation.label_map(["right kidney", "liver", "pancreas"], logits, (9, 6), ORGANS).shape == (9, 6)
-    assert not evaluation.label_map([], torch.zeros(0, 4, 4), (5, 5), ORGANS).any()
-
-
-@pytest.fixture(scope="module")
-def small():
-    return MedSegR(Config(image_size=64, feature_grid=8)).eval()
-
-
-def test_prompts_ask_for_what_is_there_and_do_not_depend_on_order(small):
-    dataset, texts = open_dataset("demo", split="test", image_size=64, limit=4), Texts("demo")
-    features = [small.encode_image(torch.from_numpy(s.image).permute(2, 0, 1)[None]) for s in dataset]
-    asks = lambda i, prompt, seed=0: evaluation.ask(small, features[i], dataset[i], texts, prompt, 3, seed)
-    for prompt in ("none", "point", "box"):
-        forward = [asks(i, prompt) for i in range(4)]
-        for i in reversed(range(4)):
-            asked, logits = asks(i, prompt)
-            present = [t for t, mask in zip(dataset[i].targets, dataset[i].masks) if mask.any()]
-            assert set(asked) == set(ORGANS) if prompt == "none" else asked == present
-            assert logits.shape == (len(asked), 64, 64)
-            assert torch.equal(logits, forward[i][1])
-    assert not torch.equal(asks(0, "point")[1], asks(0, "point", seed=1)[1])
+from texts import Texts
 
 
 def test_lite_medsam_on_real_ct(real_data, tmp_path):
@@ -181,27 +73,6 @@ def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch):
         evaluation.main()
 
 
-def test_the_newest_checkpoint_is_taken(tmp_path):
-    import os
-    for age, name in ((100, "old/last"), (50, "new/best"), (80, "last")):
-        file = tmp_path / f"{name}.safetensors"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(b"")
-        os.utime(file, (1e9 - age,) * 2)
-    assert evaluation.newest_checkpoint(tmp_path) == tmp_path / "new"
-
-
-def test_texts_otherwise_than_they_should_be():
-    texts, pairs = Texts("demo"), [(name, "ct") for name in ORGANS]
-    own = [texts(name, "ct") for name in ORGANS]
-    assert [evaluation.Rephrased(texts, "wrong", pairs)(name, "ct") for name in ORGANS] == own[1:] + own[:1]
-    reworded = [evaluation.Rephrased(texts, "reworded", pairs)(name, "ct") for name in ORGANS]
-    assert all(a[k] != b[k] and b[k] in texts.wordings(n, "ct", k) for n, a, b in zip(ORGANS, own, reworded) for k in a)
-    assert set(evaluation.Rephrased(texts, "empty", pairs)("liver", "ct").values()) == {""}
-    with pytest.raises(InputError, match="--text wrong"):
-        evaluation.Rephrased(Texts("kvasir"), "wrong", [("polyp", "endoscopy")])
-
-
 class Noise:
     """A predictor that guesses, the same for the same sample; dies after `lives` images."""
     prompt, lives = "none", 10 ** 9
@@ -248,7 +119,7 @@ def test_a_killed_evaluation_goes_on(tmp_path):
 
 def test_processes_find_the_same_numbers(tmp_path, small):
     """The command with torchrun on two processes, and on one; volumes would be shared out in the same way."""
-    from medsegr import save_checkpoint
+    from runs import save_checkpoint
     save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo")
     flags = [str(ROOT / "eval.py"), "--checkpoint", str(tmp_path), "--prompt", "none", "--limit", "5", "--cache", "none"]
     env = os.environ | dict(OMP_NUM_THREADS="1")
@@ -263,7 +134,7 @@ def test_processes_find_the_same_numbers(tmp_path, small):
 
 def test_pictures_of_two_models(tmp_path, small, monkeypatch, capsys):
     """Best, median and worst case by rule, with SAM beside; the scores name the rows."""
-    from medsegr import save_checkpoint
+    from runs import save_checkpoint
     save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo")
     monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(tmp_path), "--prompt", "box", "--limit", "3",
                                       "--cache", "none", "--plots", str(tmp_path / "p"), "--beside", "sam"])

@@ -5,12 +5,12 @@ import medpy.metric.binary as medpy
 import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
-from scipy.stats import linregress
 
 from conftest import fails
-from metrics import (METRICS, border, bootstrap, bootstrap_difference, bootstrap_means, bounding_box, dice, hd95, iou,
-                     label_boxes, nearest, neighbours, overlap_rate, pearson, score, score_labels, surface_distances)
-from readers import ORGANS
+from metrics import (METRICS, Scores, border, bootstrap, bootstrap_difference, bootstrap_means, bounding_box, dice, hd95,
+                     iou, label_boxes, nearest, neighbours, overlap_rate, print_table, score, score_labels, summarise,
+                     surface_distances)
+from readers.synapse import ORGANS
 
 
 def random_shape(rng, dimensions):
@@ -273,17 +273,6 @@ def test_a_paired_interval_is_of_the_differences():
     assert high - low < 0.2 * (shared[1] - shared[0])
 
 
-def test_pearson_is_linregress():
-    rng = np.random.default_rng(6)
-    for n in range(3, 40):
-        x, y = rng.normal(size=(2, n)) * 10 ** rng.uniform(-3, 3, (2, 1))
-        truth = linregress(x, y)
-        assert pearson(x, y) == pytest.approx((truth.rvalue, truth.slope, truth.intercept), rel=1e-9, abs=1e-12)
-    assert pearson([0, 1, 2], [5, 3, 1]) == pytest.approx((-1, -2, 5))
-    assert pearson([0, 1, 2], [4, 4, 4]) == (0, 0, 4) and pearson([0, 1], [0, 1]) is None and pearson([], []) is None
-    assert pearson([0.1] * 7, range(7)) is None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def boxes_of(shape, *boxes):
@@ -320,3 +309,84 @@ def test_overlap_rate_of_random_masks():
                 others = [full[k] for k in range(len(masks)) if groups[k] != groups[t]]
                 covered = np.any(others, 0) & full[t] if others else full[t] & False
                 assert rate == pytest.approx(covered.sum() / max(1, full[t].sum()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An evaluation
+
+def random_volume(rng, shape=(6, 40, 36)):
+    """A label map of a few boxes."""
+    label = np.zeros(shape, np.uint8)
+    for i in rng.permutation(np.arange(1, 9))[:6]:
+        low = [int(rng.integers(0, n - 3)) for n in shape]
+        label[tuple(slice(a, a + int(rng.integers(2, max(3, n // 2)))) for a, n in zip(low, shape))] = i
+    return label
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_are_medpys(seed):
+    """Uncropped, on volumes with organs at the border, missing on one side, on the other, on both."""
+    rng = np.random.default_rng(seed)
+    truth, prediction = random_volume(rng), random_volume(rng)
+    half = truth == prediction[:, ::-1]
+    prediction[half] = truth[half]
+    scores = score_labels(prediction, truth, ORGANS)
+    for i, name in enumerate(ORGANS, 1):
+        a, b, s = prediction == i, truth == i, scores[name]
+        if a.any() and b.any():
+            assert s["dice"] == s["dice_strict"] == pytest.approx(medpy.dc(a, b), abs=1e-12)
+            assert s["hd95"] == s["hd95_strict"] == pytest.approx(medpy.hd95(a, b), abs=1e-9)
+        elif a.any():
+            assert (s["dice"], s["hd95"]) == (1, 0) and s["dice_strict"] == 0  # TransUNet's rule
+        elif b.any():
+            assert (s["dice"], s["hd95"]) == (0, 0) and s["hd95_strict"] == pytest.approx(np.linalg.norm(truth.shape))
+        else:
+            assert (s["dice"], s["hd95"]) == (0, 0) and s["dice_strict"] is None
+
+
+def scores_of(cases):
+    """{case: {class: score()}} -> Scores"""
+    scores = Scores()
+    for i, (case, classes) in enumerate(cases.items()):
+        for name, numbers in classes.items():
+            scores.add(i, case, name, "ct", numbers)
+    return scores
+
+
+def test_table_is_the_mean_over_cases_then_organs():
+    full = np.repeat(np.arange(9, dtype=np.uint8), 4).reshape(1, 9, 4)
+    none = np.zeros_like(full)
+    cases = {"a": score_labels(full, full, ORGANS), "b": score_labels(none, full, ORGANS)}
+    tabulate = lambda: summarise(scores_of(cases), scores_of(cases).name)
+    table = tabulate()
+    assert table["liver"]["dice"] == 0.5 and table["mean"]["dice_strict"] == 0.5 and table["liver"]["cases"] == 2
+    low, high = table["liver"]["ci_strict"]
+    assert low == 0 and high == 1 and table["mean"]["ci_strict"] == (low, high)
+    cases["c"] = score_labels(none, none, ORGANS)  # strict: says nothing
+    table = tabulate()
+    assert table["mean"]["dice"] == pytest.approx(1 / 3) and table["mean"]["dice_strict"] == 0.5
+    assert table["mean"]["cases"] == 3 and "hd95_mm" not in table["mean"]
+
+
+def test_an_empty_table():
+    table = summarise(Scores(), [])
+    assert table["mean"]["dice_strict"] is None and table["mean"]["cases"] == 0
+    print_table(table, "nothing")
+
+
+def test_means_of_groups_equal_plain_loops():
+    """Modalities over targets, several per image and case, some without a value: against a loop in float64."""
+    rng, scores = np.random.default_rng(0), Scores()
+    for i in range(60):
+        for _ in range(rng.integers(1, 4)):
+            value = None if rng.random() < 0.2 else float(rng.random())
+            scores.add(i, f"case{i // 3}", "x", ("ct", "mr", "pet")[rng.integers(3)], dict(dice_strict=value))
+    table = summarise(scores, scores.modality)
+    means = []
+    for m in dict.fromkeys(scores.modality):
+        values = [v for v, name in zip(scores["dice_strict"], scores.modality) if name == m and v == v]
+        means.append(sum(values) / len(values))
+        assert table[m]["dice_strict"] == pytest.approx(means[-1], abs=1e-12)
+        low, high = table[m]["ci_strict"]
+        assert low < means[-1] < high
+    assert table["mean"]["dice_strict"] == pytest.approx(sum(means) / 3, abs=1e-12)

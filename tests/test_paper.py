@@ -5,13 +5,14 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import linregress
 
-import ablations
-import paper
 from common import InputError
 from conftest import ROOT, fails
 from medsegr import Config
-from readers import ORGANS, TEST_CASES
+from paper import ablations, figures, tables
+from figures.figures import pearson
+from readers.synapse import ORGANS, TEST_CASES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ def config_of(flags):
 
 
 def test_rows_are_the_papers():
-    for table, rows in paper.NUMBERS["tables"].items():
+    for table, rows in tables.NUMBERS["tables"].items():
         assert list(rows["rows"]) == list(ablations.TABLES[table]), table
     for table, rows in ablations.TABLES.items():
         if table != "figure6":
@@ -54,12 +55,12 @@ def test_the_papers_numbers_agree_with_each_other():
     """Its own averages, as a check of the data file: table 1's are means of the modalities, table 2's of the organs
     (AutoSAM's and TransUnet's are not, in the paper itself)."""
     for prompt in ("point", "box"):
-        for name, values in paper.NUMBERS["table1"][prompt].items():
+        for name, values in tables.NUMBERS["table1"][prompt].items():
             assert np.mean(values[:-1]) == pytest.approx(values[-1], abs=0.08), (prompt, name)
-    for name, values in paper.NUMBERS["table2"]["rows"].items():
+    for name, values in tables.NUMBERS["table2"]["rows"].items():
         if name != "AutoSAM":
             assert np.mean(values[:8]) == pytest.approx(values[8], abs=0.3), name
-    full = {tuple(rows["rows"][list(rows["rows"])[-1]]) for rows in paper.NUMBERS["tables"].values()}
+    full = {tuple(rows["rows"][list(rows["rows"])[-1]]) for rows in tables.NUMBERS["tables"].values()}
     assert full == {(88.23, 87.69)}
 
 
@@ -167,7 +168,7 @@ def crowded(tmp_path):
 
 
 def test_table_1(crowded):
-    text = paper.table1(paper.read_evaluations(crowded))
+    text = tables.table1(tables.read_evaluations(crowded))
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ours |")]
     ct, mr, pet = (float(rows[0][i]) for i in (1, 2, 3))
     assert 70 < ct < 80 and 70 < mr < 80 and pet == 10 and rows[0][4] == "-"  # an absent target is no target
@@ -184,46 +185,57 @@ def test_table_2(tmp_path):
     own = [f"case{n}" for n in TEST_CASES]
     same = evaluation(tmp_path / "same.json", rows, table, dataset="synapse", prompt="none", volumes=volumes(own))
     other = evaluation(tmp_path / "other.json", rows, table, dataset="synapse", prompt="none", volumes=volumes(own[:3]))
-    text = paper.table2(paper.read_evaluations([same]))
+    text = tables.table2(tables.read_evaluations([same]))
     assert "paper: MedSeg-R | 93.49" in text and "other data" not in text and "12 volumes" in text
     assert "| 50.00 | 10.00 |" in text and "| 40.00 | 20.00 |" in text and "-36.71 | +3.87" in text
-    assert "paper: MedSeg-R* | 93.49" in paper.table2(paper.read_evaluations([other]))
+    assert "paper: MedSeg-R* | 93.49" in tables.table2(tables.read_evaluations([other]))
     kvasir = evaluation(tmp_path / "k.json", rows, dataset="kvasir")
-    fails(lambda: paper.table2(paper.read_evaluations([kvasir])), "kvasir", "Synapse")
+    fails(lambda: tables.table2(tables.read_evaluations([kvasir])), "kvasir", "Synapse")
 
 
 def test_figures(crowded, tmp_path):
     """The line through the points, the small objects, and pictures that are not blank."""
-    text = paper.figure3(paper.read_evaluations(crowded), tmp_path / "3.png")
+    text = figures.figure3(tables.read_evaluations(crowded), tmp_path / "3.png")
     assert "| ours, box | -1.00 | -0.30 | 400 |" in text and "paper: MedSeg-R*, box | -0.36 | -0.12" in text
-    boxes = paper.figure4(paper.read_evaluations(crowded[:2]), tmp_path / "4.png")
+    boxes = figures.figure4(tables.read_evaluations(crowded[:2]), tmp_path / "4.png")
     assert "| a, ours, box | 201 |" in boxes
-    tables = tmp_path / "tables.json"
-    tables.write_text(json.dumps(dict(figure6={"1/16": [0.3, 0.4], "1/1": [0.6], "1/2": []})))
-    points = paper.figure6(paper.read_evaluations(crowded[2:]), tmp_path / "6.png", tables)
+    ablated = tmp_path / "tables.json"
+    ablated.write_text(json.dumps(dict(figure6={"1/16": [0.3, 0.4], "1/1": [0.6], "1/2": []})))
+    points = figures.figure6(tables.read_evaluations(crowded[2:]), tmp_path / "6.png", ablated)
     assert "| 1/16 of the training data | 35.00 | ± 7.07, 2 seeds | 78.19 |" in points and "more, 1 point" in points
     for name in ("3", "4", "6"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert pixels.shape[1] > 400 and 0.005 < (pixels < 128).mean() < 0.5
-    fails(lambda: paper.figure6([], tmp_path / "6.png", None), "--tables")
-    fails(lambda: paper.figure6([], tmp_path / "6.png", tmp_path / "none.json"), "none.json")
+    fails(lambda: figures.figure6([], tmp_path / "6.png", None), "--tables")
+    fails(lambda: figures.figure6([], tmp_path / "6.png", tmp_path / "none.json"), "none.json")
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"table": {"mean": 1}}'])
 def test_a_file_that_is_no_evaluation_is_named(content, tmp_path, monkeypatch):
     if content is not None:
         (tmp_path / "x.json").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["paper.py", "table1", f"ours={tmp_path / 'x.json'}"])
-    fails(paper.main, "x.json")
+    monkeypatch.setattr(sys, "argv", ["tables.py", "table1", f"ours={tmp_path / 'x.json'}"])
+    fails(tables.main, "x.json")
 
 
 def test_flags_of_paper(tmp_path, monkeypatch, crowded, capsys):
-    monkeypatch.setattr(sys, "argv", ["paper.py", "table1", *crowded, "--out", str(tmp_path / "t/1.md")])
-    paper.main()
+    monkeypatch.setattr(sys, "argv", ["tables.py", "table1", *crowded, "--out", str(tmp_path / "t/1.md")])
+    tables.main()
     assert (tmp_path / "t/1.md").read_text() in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["paper.py", "table1", "x.json"])
-    fails(paper.main, "x.json", "LABEL=FILE")
+    monkeypatch.setattr(sys, "argv", ["tables.py", "table1", "x.json"])
+    fails(tables.main, "x.json", "LABEL=FILE")
     with pytest.raises(InputError):
-        monkeypatch.setattr(sys, "argv", ["paper.py", "table9"])
-        paper.main()
-    assert (ROOT / "paper.json").is_file()
+        monkeypatch.setattr(sys, "argv", ["tables.py", "table9"])
+        tables.main()
+    assert (ROOT / "paper/paper.json").is_file()
+
+
+def test_pearson_is_linregress():
+    rng = np.random.default_rng(6)
+    for n in range(3, 40):
+        x, y = rng.normal(size=(2, n)) * 10 ** rng.uniform(-3, 3, (2, 1))
+        truth = linregress(x, y)
+        assert pearson(x, y) == pytest.approx((truth.rvalue, truth.slope, truth.intercept), rel=1e-9, abs=1e-12)
+    assert pearson([0, 1, 2], [5, 3, 1]) == pytest.approx((-1, -2, 5))
+    assert pearson([0, 1, 2], [4, 4, 4]) == (0, 0, 4) and pearson([0, 1], [0, 1]) is None and pearson([], []) is None
+    assert pearson([0.1] * 7, range(7)) is None

@@ -1,4 +1,4 @@
-"""prepare.py: every orientation gives the same arrays, what is stopped goes on, and bad files get their one line."""
+"""readers/prepare.py: every orientation gives the same arrays, what is stopped goes on, and bad files get their one line."""
 import gzip
 import importlib.util
 import itertools
@@ -16,15 +16,17 @@ import pytest
 
 from common import InputError
 from conftest import ROOT, fails
-from readers import TEST_CASES, KiTS19, Synapse
+from readers.kits19 import KiTS19
+from readers.synapse import TEST_CASES, Synapse
 
 nib = pytest.importorskip("nibabel", reason="the challenges' volumes are NIfTI")
 h5py = pytest.importorskip("h5py", reason="the Synapse volumes are HDF5")
-from prepare import prepare, read_grid, read_image  # noqa: E402
+from readers.prepare import prepare, read_image  # noqa: E402
+from readers.volumes import read_grid  # noqa: E402
 
 ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertools.product((False, True), repeat=3)))
 SCANNER = ((2, 1, 0), (False, False, False))  # x, y, z, as scanners store them
-# BTCV's organs by name, as its own page numbers them, and the eight of readers.ORGANS
+# BTCV's organs by name, as its own page numbers them, and the eight of synapse.ORGANS
 BTCV = {1: "spleen", 2: "right kidney", 3: "left kidney", 4: "gallbladder", 5: "esophagus", 6: "liver", 7: "stomach",
         8: "aorta", 9: "inferior vena cava", 10: "portal vein", 11: "pancreas", 12: "right adrenal gland",
         13: "left adrenal gland"}
@@ -201,7 +203,7 @@ def test_slabs_scaled_values_and_a_fourth_axis(tmp_path):
     check_kits19(tmp_path / "out", {0: (image, label, spacing)})
 
 
-# --- what is written opens in readers.py
+# --- what is written opens in the readers
 
 @pytest.mark.parametrize("folder", ["", "Training", "RawData/Training"])
 def test_synapse_is_read(tmp_path, capsys, folder):

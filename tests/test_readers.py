@@ -1,4 +1,4 @@
-"""readers.py: what it finds in the published layouts, and the one line that it gives for every bad file."""
+"""readers/: what they find in the published layouts, and the one line that they give for every bad file."""
 import json
 import pickle
 import sys
@@ -12,7 +12,8 @@ from PIL import Image
 from conftest import REAL_DATA, fails
 from data import open_dataset
 from common import InputError
-from readers import ORGANS, TEST_CASES, VAL_CASES, split_cases
+from readers.pictures import split_cases
+from readers.synapse import ORGANS, TEST_CASES, VAL_CASES
 
 h5py = pytest.importorskip("h5py", reason="the Synapse volumes are HDF5")
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import report
-from common import InputError
+from common import ATTRIBUTES, InputError
 from conftest import ROOT, fails
-from data import ATTRIBUTES, read_image_texts
+from texts import read_image_texts
 
 REPORTS = ROOT / "docs" / "reports.txt"
 

@@ -1,4 +1,4 @@
-"""sa_med2d.py: the index against a plain reading of the JSON, the splits, the known defects, and broken files."""
+"""readers/sa_med2d.py: the index against a plain reading of the JSON, the splits, the known defects, and broken files."""
 import json
 import multiprocessing
 import pickle
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from conftest import fails
-from readers import split_cases
-from sa_med2d import SAMed2D
+from readers.pictures import split_cases
+from readers.sa_med2d import SAMed2D
 
 CLASSES = {"liver": "0001", "Left_Kidney": "0002", "polyp": "0003"}
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 import train
 from conftest import ROOT
 from common import InputError
-from data import Texts, open_dataset
-from eval import Predictor
-from medsegr import Config, MedSegR, load_checkpoint
-from record import load_training, read_log
+from data import open_dataset
+from inference import Predictor
+from medsegr import Config, MedSegR
+from runs import load_checkpoint, read_log
+from texts import Texts
 
 QUICK = ["--dataset", "demo", "--image-size", "64", "--batch-size", "2", "--limit", "8", "--val-slices", "2"]
 
@@ -378,11 +379,3 @@ def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
 def test_exit_status_and_one_line(tmp_path):
     done = python("train.py", "--dataset", "brats")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "demo, synapse" in done.stderr
-
-
-def test_damaged_training_state_is_named(tmp_path):
-    (tmp_path / "training.safetensors").write_bytes(b"damaged")
-    model = MedSegR(Config(branches=("sam",), image_size=64))
-    optimizer = torch.optim.AdamW(model.trained().values())
-    with pytest.raises(InputError, match="damaged"):
-        load_training(tmp_path / "training.safetensors", model, optimizer)

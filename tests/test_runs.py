@@ -1,0 +1,77 @@
+"""runs.py: what is saved comes back, and what is damaged is named."""
+import json
+import os
+
+import pytest
+import torch
+
+from common import InputError
+from medsegr import Config, MedSegR
+from runs import load_checkpoint, load_training, newest_checkpoint, save_checkpoint
+from test_medsegr import FIVE, INDEX, perturb, small
+
+
+def test_checkpoint_returns_what_was_saved(tmp_path):
+    model = small(priors=("position", "shape")).eval()
+    perturb(model)
+    save_checkpoint(model, tmp_path / "best.safetensors", step=7)
+    again, record = load_checkpoint(tmp_path)
+    assert record == {"step": 7} and again.config == model.config
+    features = torch.randn(3, 256, 16, 16)
+    with torch.no_grad():
+        for a, b in zip(model(None, INDEX, FIVE, features=features), again(None, INDEX, FIVE, features=features)):
+            assert torch.equal(a, b)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def break_checkpoint(folder, how):
+    file, config = folder / "best.safetensors", folder / "config.json"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif how == "not safetensors":
+        file.write_bytes(b"\x80\x04 a pickle")
+    elif how == "no config":
+        config.unlink()
+    elif how == "config damaged":
+        config.write_text(config.read_text()[:40])
+    else:
+        saved = json.loads(config.read_text())
+        if how == "other switches":
+            saved["config"]["priors"] = ["position"]
+        elif how == "other backbone weights":
+            saved["config"]["sam_checkpoint"] = "random"
+        elif how == "unknown backbone":
+            saved["config"]["backbone"] = "vit_x"
+        config.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("how", ["truncated", "not safetensors", "no config", "config damaged", "other switches",
+                                 "other backbone weights", "unknown backbone"])
+def test_wrong_checkpoint_is_named(tmp_path, how):
+    save_checkpoint(small(), tmp_path / "best.safetensors")
+    break_checkpoint(tmp_path, how)
+    with pytest.raises(InputError, match="--checkpoint|--backbone") as e:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_missing_checkpoint_says_what_to_run(tmp_path):
+    with pytest.raises(InputError, match="train.py"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_newest_checkpoint_is_taken(tmp_path):
+    for age, name in ((100, "old/last"), (50, "new/best"), (80, "last")):
+        file = tmp_path / f"{name}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+        os.utime(file, (1e9 - age,) * 2)
+    assert newest_checkpoint(tmp_path) == tmp_path / "new"
+
+
+def test_damaged_training_state_is_named(tmp_path):
+    (tmp_path / "training.safetensors").write_bytes(b"damaged")
+    model = MedSegR(Config(branches=("sam",), image_size=64))
+    optimizer = torch.optim.AdamW(model.trained().values())
+    with pytest.raises(InputError, match="damaged"):
+        load_training(tmp_path / "training.safetensors", model, optimizer)
