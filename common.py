@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import signal
 import sys
 import tempfile
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 ATTRIBUTES = ("position", "texture", "shape")  # what a structure's three texts speak of
+LIGHT = dict(backbone="lite_medsam", clip="minilm")  # of medsegr.Config: the pair that needs no download
 
 
 class InputError(ValueError):
@@ -111,6 +113,48 @@ def locked(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+class Stopped(Exception):
+    """A signal asked this run to end."""
+
+
+class Signals:
+    """Remembers SIGTERM and SIGINT instead of dying of them. A second one kills, unless it comes within two seconds:
+    `timeout` and batch systems signal a process and its group, which is one request."""
+
+    seen, at = None, 0.0
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if self.seen is None:
+            self.seen, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at > 2:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+
+    def name(self):
+        return signal.Signals(self.seen).name if self.seen else "another process was stopped"
+
+    def check(self):
+        if self.seen:
+            raise Stopped
+
+
+def ignore_signals(worker):
+    """For the loader's processes: a signal to the whole group is for the main one to decide on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Processes, and the flags of the scripts that run in several
 
 def start_processes():
@@ -132,6 +176,44 @@ def total(*values):
     sums = torch.tensor(values, dtype=torch.float64)  # on the CPU: a GPU need not wait for them
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def number(low, high, kind=float):
+    """For argparse's type=: a number from low to high, or an error that says so."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: give {'a whole number' if kind is int else 'a number'} "
+                                             f"from {low} to {high}")
+        return value
+    return parse
+
+
+def positive_int(text):
+    """For argparse's type=."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
+    return int(text)
+
+
+def add_model_flags(parser):
+    """The flags of train.py and eval.py that choose what the model stands on."""
+    add = parser.add_argument
+    add("--light", action="store_true", help="the pair that needs no download: --backbone lite_medsam --clip minilm")
+    add("--backbone", help="vit_b (default), vit_l, vit_h, lite_medsam or sam_med2d")
+    add("--sam-checkpoint", help="weights of the backbone (default: its own)")
+    add("--clip", help="text encoder: minilm, or NAME:TAG or NAME:FILE of open_clip (default: CLIP ViT-B/16)")
+    add("--image-size", type=positive_int, help="pixels (default: 256 for lite_medsam and sam_med2d, 224 for ViT)")
+    add("--normalize", choices=("sam", "minmax"), help="mean and std, or min-max (MedSAM's); default: the backbone's own")
+
+
+def model_options(args):
+    """What add_model_flags says, as fields of medsegr.Config; what is left to its defaults is left out."""
+    given = ("backbone", "sam_checkpoint", "clip", "image_size", "normalize")
+    return (LIGHT if args.light else {}) | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
 
 
 def add_runtime_flags(parser):

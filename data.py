@@ -7,7 +7,7 @@ The files are read in readers/, the texts in texts.py. Coordinates are (x, y) in
 centres at integers.
 """
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -260,11 +260,21 @@ class Batch:
     theta: torch.Tensor | None = None  # float32 [B, 2, 3]: how the features are yet to be moved, as the masks were
     features: torch.Tensor | None = None  # float16 [B, C, H, W], from the cache
     clicks: torch.Tensor | None = None  # float32 [M, rounds - 1, max(CLICKS)]: draws for the points of further rounds
+    # for the losses on all structures at once, and on text alone (losses.py); K structures, of all images together
+    structures: list = field(default_factory=list)  # K pairs (class, modality)
+    dense_texts: list = field(default_factory=list)  # K dicts of texts
+    dense_masks: torch.Tensor | None = None  # bool [B, K, S/2, S/2]
+    known: torch.Tensor | None = None  # bool [B, K]: whether it is known if the image has the structure
+    contrast: list = field(default_factory=list)  # 2N dicts of texts, two of each of N structures
 
-    def map(self, f):
-        """The Batch with f(tensor) in place of each tensor."""
-        apply = lambda x: f(x) if torch.is_tensor(x) else tuple(map(f, x)) if isinstance(x, tuple) else x
-        return replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields(self)})
+    def __len__(self):
+        """B."""
+        return len(self.images if self.features is None else self.features)
+
+    def map(self, change):
+        """The Batch with change(tensor) in place of each tensor."""
+        apply = lambda x: (change(x) if torch.is_tensor(x) else tuple(map(change, x)) if isinstance(x, tuple) else x)
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device):
         return self.map(lambda x: x.to(device, non_blocking=True))
@@ -302,6 +312,28 @@ def make_batch(samples, texts, rng, max_targets=4, absent=0.1):
     return Batch(images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
                  index=torch.tensor(index, dtype=torch.int64),
                  masks=torch.from_numpy(np.array(masks, bool).reshape(-1, size, size)), texts=words, targets=targets)
+
+
+def add_structures(batch, sample):
+    """Puts all that is known of one image's structures into its Batch: those that it has, and those that it lacks."""
+    names = dict.fromkeys((*sample.targets, *sample.absent))
+    batch.structures = [(name, sample.modality) for name in names]
+    masks = np.zeros((1, len(names), *(n // 2 for n in sample.masks.shape[1:])), bool)
+    for name, mask in zip(sample.targets, sample.masks):
+        masks[0, list(names).index(name)] |= mask[::2, ::2]
+    batch.dense_masks = torch.from_numpy(masks)
+    batch.known = torch.ones(1, len(names), dtype=torch.bool)
+
+
+def join_structures(batches, structures):
+    """Batches of one image each -> dense_masks and known of all of them, for the K `structures`."""
+    half = batches[0].dense_masks.shape[-2:]
+    masks = torch.zeros(len(batches), len(structures), *half, dtype=torch.bool)
+    known = torch.zeros(len(batches), len(structures), dtype=torch.bool)
+    for b, batch in enumerate(batches):
+        columns = [structures.index(s) for s in batch.structures]
+        masks[b, columns], known[b, columns] = batch.dense_masks[0], True
+    return masks, known
 
 
 def add_prompts(batch, prompt, rng, points=1, noise=True):
@@ -381,6 +413,7 @@ class Batches(torch.utils.data.Dataset):
         self.batch_size, self.accumulate, self.jitter = args.batch_size, args.accumulate, args.jitter
         self.prompt, self.points, self.rounds = args.prompt, args.points, args.rounds
         self.targets, self.absent = args.targets, args.absent
+        self.dense, self.contrast = args.align and args.dense_loss > 0, args.contrastive_loss > 0
         self.per_step = self.batch_size * self.accumulate * world
         self.per_epoch, self.order = -(-len(dataset) // self.per_step), (None, None)
 
@@ -390,12 +423,14 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, n):
         step = self.first + n
         prompt = self.prompt_of(step)
-        try:
-            samples = [self.draw(step, place, *which, prompt) for place, which in enumerate(self.rows(step))
-                       if place % self.world == self.rank]
-        except InputError as e:  # carried out of the worker process as a value, or it would arrive as a traceback
-            return e
-        return [self.join(samples[n::self.accumulate]) for n in range(self.accumulate)]
+        samples = [self.draw(step, place, *which, prompt) for place, which in enumerate(self.rows(step))
+                   if place % self.world == self.rank]
+        parts = [self.join(samples[n::self.accumulate]) for n in range(self.accumulate)]
+        rng = lambda *what: seeded("words", self.seed, step, *what)  # the same for all ranks and parts of a step
+        for part in parts:
+            part.dense_texts = [self.texts(*structure, rng=rng(*structure)) for structure in part.structures]
+            part.contrast = self.texts.draw_pairs(rng()) if self.contrast else []
+        return parts
 
     def rows(self, step):
         """[(number of the sample, of its view)] of a step, of all ranks together."""
@@ -422,9 +457,14 @@ class Batches(torch.utils.data.Dataset):
         if prompt == "none":  # nothing tells one of several polyps from the others
             sample = merge_instances(sample)
         batch = make_batch([sample], self.texts, rng, self.targets, self.absent if prompt == "none" else 0.0)
+        if self.dense:
+            add_structures(batch, sample)
         if self.jitter:
             batch.theta = draw_jitter(rng, self.jitter)[None]
-            batch.masks = move(batch.masks[:, None].float(), batch.theta[batch.index], "nearest")[:, 0] > 0.5
+            moved = lambda x, index: move(x[:, None].float(), batch.theta[index], "nearest")[:, 0] > 0.5
+            batch.masks = moved(batch.masks, batch.index)
+            if self.dense:
+                batch.dense_masks = moved(batch.dense_masks[0], [0] * len(batch.structures))[None]
         batch = add_prompts(batch, prompt, rng, self.points)
         if self.rounds > 1:
             batch.clicks = torch.from_numpy(rng.random((len(batch.masks), self.rounds - 1, max(CLICKS)), np.float32))
@@ -436,7 +476,10 @@ class Batches(torch.utils.data.Dataset):
         if not batches:
             S = self.dataset.image_size
             return Batch(torch.zeros(0, 3, S, S, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64),
-                         torch.zeros(0, S, S, dtype=torch.bool), [], [])
+                         torch.zeros(0, S, S, dtype=torch.bool), [], [],
+                         dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool), known=torch.zeros(0, 0).bool())
+        structures = sorted({s for b in batches for s in b.structures})
+        dense_masks, known = join_structures(batches, structures) if self.dense else (None, None)
         cat = lambda name: torch.cat([getattr(b, name) for b in batches])
         have = all(b.features is not None for b in batches)
         return Batch(
@@ -446,7 +489,8 @@ class Batches(torch.utils.data.Dataset):
             points=batches[0].points and tuple(torch.cat([b.points[n] for b in batches]) for n in (0, 1)),
             boxes=None if batches[0].boxes is None else cat("boxes"), theta=cat("theta") if self.jitter else None,
             features=torch.from_numpy(np.stack([b.features for b in batches])) if have else None,
-            clicks=cat("clicks") if self.rounds > 1 else None)
+            clicks=cat("clicks") if self.rounds > 1 else None,
+            structures=structures, dense_masks=dense_masks, known=known)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

