@@ -1,0 +1,46 @@
+"""The switches beyond the paper: off in the paper's setting, the identity at the start, and sums where they say sums."""
+import pytest
+import torch
+
+from beyond import DenseAlignment, FeatureAdapter
+from common import LIGHT
+from medsegr import Config, MedSegR
+
+
+def test_they_are_off_in_the_papers_setting():
+    config = Config()
+    assert not config.adapter and not config.align
+
+
+@pytest.mark.parametrize("size", [(16, 16), (14, 14), (9, 13)])
+def test_the_adapter_starts_as_the_identity_on_any_grid(size):
+    torch.manual_seed(0)
+    adapter, F_SAM = FeatureAdapter((16, 24, 32)).eval(), torch.randn(2, 256, *size)
+    PE = torch.randn(1, 256, *size)
+    assert torch.equal(adapter(F_SAM, PE), F_SAM)
+    torch.nn.init.normal_(adapter.out[-1].weight)
+    assert not torch.equal(adapter(F_SAM, PE), F_SAM) and adapter(F_SAM[:0], PE).shape == (0, 256, *size)
+
+
+@pytest.mark.parametrize("B, M, size", [(3, 5, (6, 7)), (1, 1, (4, 4)), (2, 0, (5, 5))])
+def test_a_targets_map_is_its_row_of_all_maps(B, M, size):
+    torch.manual_seed(0)
+    align, features = DenseAlignment(48, channels=24), torch.randn(B, 256, *size)
+    T_attr, index = torch.randn(M, 48), torch.randint(0, B, (M,))
+    pixels = align.pixels(features)
+    every, own = align(pixels, T_attr), align.of_targets(pixels, index, T_attr)
+    assert every.shape == (B, M, *size)
+    torch.testing.assert_close(own, every[index, torch.arange(M)])
+
+
+def test_a_model_with_both_starts_as_sam():
+    torch.manual_seed(0)
+    plain = MedSegR(Config(**LIGHT, image_size=64, branches=("sam",))).eval()
+    model = MedSegR(Config(**LIGHT, image_size=64, adapter=True, align=True)).eval()
+    image, box = torch.randint(0, 256, (1, 3, 64, 64)), torch.tensor([[5.0, 5.0, 40.0, 50.0]])
+    text = [dict(position="left", texture="bright", shape="round")]
+    with torch.no_grad():
+        features, index = model.encode_image(image), torch.zeros(1, dtype=torch.int64)
+        expected, _ = plain.decode(features, index, plain.encode_attributes(text), boxes=box)
+        logits, _ = model.decode(features, index, model.encode_attributes(text), boxes=box)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
