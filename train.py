@@ -214,10 +214,13 @@ def features_of(r, batch):
     """The features of a Batch on the model's device, moved as its masks were."""
     if batch.features is not None:
         features = batch.features.to(r.device, non_blocking=True).float()
-    elif not len(batch):
+    elif r.frozen and len(batch):
+        features = r.cache(batch.images, r.encode).to(r.device)
+    elif r.frozen:
         features = torch.zeros(0, 256, *[r.model.config.feature_grid] * 2, device=r.device)
-    else:
-        features = r.cache(batch.images, r.encode).to(r.device) if r.frozen else r.encode(batch.images)
+    else:  # a process without an image still takes part in the encoder's gradient, with nothing
+        images = batch.images if len(batch) else torch.zeros(1, *batch.images.shape[1:])
+        features = r.encode(images)[:len(batch)]
     return features if batch.theta is None else move(features, batch.theta.to(r.device))
 
 

@@ -16,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import losses
 import train
 from conftest import ROOT
-from common import InputError
+from common import LIGHT, InputError, Signals
 from data import open_dataset
 from inference import Predictor
+from losses import segmentation_loss
 from medsegr import Config, MedSegR
 from runs import load_checkpoint, read_log
 from texts import Texts
 
-QUICK = ["--dataset", "demo", "--image-size", "64", "--batch-size", "2", "--limit", "8", "--val-slices", "2"]
+QUICK = ["--dataset", "demo", "--light", "--image-size", "64", "--batch-size", "2", "--limit", "8", "--val-slices", "2"]
 
 
 def python(*args, env=None, **kwargs):
@@ -56,19 +58,19 @@ def test_loss_is_its_formula():
         union = ((p > 0.5) | masks[m]).sum()
         true = ((p > 0.5) & masks[m]).sum() / union if union else 1.0  # rightly empty
         error += (iou[m] - true) ** 2 / 3
-    loss, parts = train.segmentation_loss(logits, iou, masks)
+    loss, parts = segmentation_loss(logits, iou, masks)
     for ours, theirs in zip((*parts, loss), (focal, dice, error, 20 * focal + dice + error)):
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
-    of_more, _ = train.segmentation_loss(logits, iou, masks, count=12, weights=(3, 2, 1))
+    of_more, _ = segmentation_loss(logits, iou, masks, count=12, weights=(3, 2, 1))
     assert float(of_more) == pytest.approx(float(3 * focal + 2 * dice + error) / 4, rel=1e-4)
 
 
 def test_a_step_without_targets_changes_nothing():
     """Images of which every mask is too small leave nothing to ask for; the mean of nothing would be NaN for good."""
-    model = MedSegR(Config(image_size=64, feature_grid=8))
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8))
     empty = torch.zeros(0, 64, 64, dtype=torch.bool)
-    logits, iou = model(None, torch.zeros(0, dtype=torch.int64), [], features=torch.randn(2, 256, 8, 8))
-    loss, parts = train.segmentation_loss(logits, iou, empty)
+    logits, iou = model.decode(torch.randn(2, 256, 8, 8), torch.zeros(0, dtype=torch.int64), model.encode_attributes([]))
+    loss, parts = segmentation_loss(logits, iou, empty)
     loss.backward()
     assert loss.item() == 0 and not parts.any()
     assert all(p.grad is None or not p.grad.any() for p in model.trained().values())
@@ -85,12 +87,12 @@ def test_learning_rate_rises_and_falls():
 # Whole runs
 
 TINY = [*QUICK, "--feature-grid", "4", "--branches", "sem", "sam", "--priors", "--epochs", "3", "--rounds", "2",
-        "--views", "1", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, state written after each
+        "--views", "1", "--adapter", "--align", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, state written after each
 
 
-def losses(out):
+def log_rows(out):
     with open(out / "log.csv") as f:
-        return [{k: row[k] for k in ("step", "loss", "focal", "dice", "iou", "val_dice")} for row in csv.DictReader(f)]
+        return [{k: row[k] for k in ("step", "loss", "focal", "dice", "iou", "dense", "contrast", "val_dice", "val_dice_held")} for row in csv.DictReader(f)]
 
 
 @pytest.fixture(scope="session")
@@ -116,27 +118,30 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(undisturbed, tmp_path, cac
     kills = re.findall(r"^killed at .*", done.stdout, re.MULTILINE)
     assert len(kills) == 20 and len(set(kills)) > 5, kills
     assert same_weights(whole, tmp_path) and same_weights(whole, tmp_path, "best.safetensors")
-    assert losses(whole) == losses(tmp_path)
+    assert log_rows(whole) == log_rows(tmp_path)
     assert len(json.loads((tmp_path / "run.json").read_text())["runs"]) >= 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(number, undisturbed, tmp_path, cache_folder):
-    """It ends soon, says where, and goes on to the same bits."""
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_signal_saves_first(number, group, undisturbed, tmp_path, cache_folder):
+    """It ends soon, says where, and goes on to the same bits; also where the signal goes to the loader's processes too,
+    and to the main one twice, as `timeout` and batch systems send it."""
     whole, seconds = undisturbed
     flags = [*TINY, "--save-minutes", "100", "--cache", cache_folder, "--out", tmp_path]
     run = subprocess.Popen([sys.executable, "-W", "ignore", "train.py", *map(str, flags)], cwd=ROOT, text=True,
-                           stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     while not (tmp_path / "log.csv").is_file() or "\n3," not in (tmp_path / "log.csv").read_text():
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.01)
     run.send_signal(number)
+    if group:
+        os.killpg(run.pid, number)
     message = run.stderr.read().splitlines()[-1]
     assert run.wait(60) == 128 + number and signal.Signals(number).name in message and "--resume" in message, message
     assert "Traceback" not in message
     done = python("train.py", *flags, "--resume", env=dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0 and "resumed at step" in done.stdout, done.stderr[-2000:]
-    assert same_weights(whole, tmp_path) and losses(whole) == losses(tmp_path)
+    assert same_weights(whole, tmp_path) and log_rows(whole) == log_rows(tmp_path)
 
 
 def test_two_processes_train_what_one_does(undisturbed, tmp_path, cache_folder):
@@ -151,6 +156,37 @@ def test_two_processes_train_what_one_does(undisturbed, tmp_path, cache_folder):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_two_processes_tune_the_encoder_as_one_does(tmp_path):
+    """Three images in batches of two: in every other step the second process has none, and must not wait for ever."""
+    flags = [*QUICK, "--limit", "3", "--feature-grid", "4", "--branches", "sam", "--tune-encoder", "lora",
+             "--max-steps", "4", "--cache", "none", "--workers", "0", "--jitter", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = python("train.py", *flags, "--out", one, env=dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 27000 + os.getpid() % 1000,
+                  "train.py", *flags, "--batch-size", 1, "--out", two, env=dict(OMP_NUM_THREADS="1"), timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_equal_to_rounding(one, two)
+
+
+def test_a_second_signal_at_once_is_the_same_request(monkeypatch):
+    with Signals() as signals:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert signals.seen == signal.SIGTERM and signals.name() == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):  # later it is meant
+            monkeypatch.setattr(time, "monotonic", lambda: signals.at + 3)
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_another_run_starts_from_a_checkpoint(undisturbed, tmp_path, cache_folder, capsys):
+    whole, _ = undisturbed
+    run_main(["--max-steps", "1", "--lr", "1e-12", "--init", whole, "--cache", cache_folder, "--out", tmp_path])
+    assert "of the model's" in capsys.readouterr().out
+    start, end = load_file(whole / "best.safetensors"), load_file(tmp_path / "last.safetensors")
+    assert all(torch.allclose(start[n], end[n], atol=1e-6) for n in start)
+
+
 def test_accumulated_batches_are_one_larger_batch(undisturbed, tmp_path, cache_folder):
     whole, _ = undisturbed
     done = python("train.py", *TINY, "--batch-size", 1, "--accumulate", 2, "--out", tmp_path, "--cache", cache_folder,
@@ -160,9 +196,9 @@ def test_accumulated_batches_are_one_larger_batch(undisturbed, tmp_path, cache_f
 
 
 def assert_equal_to_rounding(one, two):
-    for a, b in zip(losses(one), losses(two), strict=True):
+    for a, b in zip(log_rows(one), log_rows(two), strict=True):
         assert a["step"] == b["step"]
-        for k in ("loss", "focal", "dice", "iou", "val_dice"):
+        for k in a.keys() - {"step"}:
             assert (a[k] == b[k] == "") or float(a[k]) == pytest.approx(float(b[k]), rel=2e-3, abs=1e-4), (k, a, b)
     a, b = load_file(one / "last.safetensors"), load_file(two / "last.safetensors")
     for name in a:  # AdamW divides by the size of a gradient, so that rounding may turn a step where it is next to zero
@@ -206,14 +242,14 @@ def run_main(flags, monkeypatch=None):
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path, cache_folder, monkeypatch):
-    loss, calls = train.segmentation_loss, []
+    loss, calls = losses.segmentation_loss, []
 
     def sometimes_nan(*args, **kwargs):
         calls.append(1)
         value, parts = loss(*args, **kwargs)
         return value * (float("nan") if len(calls) in bad else 1.0), parts
 
-    monkeypatch.setattr(train, "segmentation_loss", sometimes_nan)
+    monkeypatch.setattr(losses, "segmentation_loss", sometimes_nan)
     bad = {3, 4}  # both rounds of the second step
     run_main(["--max-steps", "4", "--cache", cache_folder, "--out", tmp_path])
     with open(tmp_path / "log.csv") as f:
@@ -256,8 +292,8 @@ def test_record_of_a_run(undisturbed):
 def test_ten_real_slices_are_learnt_by_heart(linked, tmp_path, cache_folder):
     """Two to three minutes. What does not fit its training images to the last pixels has an error somewhere."""
     root, flags = linked("sa-med2d-mini"), ["--limit", "10", "--image-size", "64"]
-    done = python("train.py", "--dataset", "sa-med2d", "--data", root, *flags, "--prompt", "box", "--batch-size", 10,
-                  "--targets", 2, "--jitter", 0, "--weight-decay", 0, "--lr", 2e-3, "--decoder-lr", 1, "--warmup", 10,
+    done = python("train.py", "--light", "--dataset", "sa-med2d", "--data", root, *flags, "--prompt", "box", "--batch-size", 10,
+                  "--targets", 2, "--jitter", 0, "--weight-decay", 0, "--lr", 2e-3, "--decoder-lr-scale", 1, "--warmup", 10,
                   "--max-steps", 150, "--val-every", 1000, "--val-slices", 1, "--cache", cache_folder, "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     model, _ = load_checkpoint(tmp_path / "last.safetensors")
@@ -278,8 +314,8 @@ def test_the_encoder_can_be_tuned(how, tmp_path):
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     run_main(["--max-steps", "2", "--warmup", "1", "--tune-encoder", how, "--branches", "sam", "--cache", "none",
               "--out", tmp_path])
-    frozen = MedSegR(Config(branches=("sam",), image_size=64, feature_grid=4)).eval()
-    start = MedSegR(Config(branches=("sam",), image_size=64, feature_grid=4, tune_encoder=how)).eval()
+    frozen = MedSegR(Config(**LIGHT, branches=("sam",), image_size=64, feature_grid=4)).eval()
+    start = MedSegR(Config(**LIGHT, branches=("sam",), image_size=64, feature_grid=4, tune_encoder=how)).eval()
     tuned, _ = load_checkpoint(tmp_path)
     with torch.no_grad():
         same, other = frozen.encode_image(images), tuned.encode_image(images)
@@ -307,7 +343,7 @@ def test_lower_precision_trains(precision, tmp_path, cache_folder):
 def demo_run(tmp_path_factory, cache_folder):
     """A model trained as in `make demo`, but for fewer steps: two or three minutes, without prompts."""
     out = tmp_path_factory.mktemp("demo")
-    done = python("train.py", "--dataset", "demo", "--image-size", 128, "--feature-grid", 16, "--batch-size", 8,
+    done = python("train.py", "--dataset", "demo", "--light", "--image-size", 128, "--feature-grid", 16, "--batch-size", 8,
                   "--max-steps", 100, "--warmup", 20, "--val-every", 100, "--cache", cache_folder, "--out", out)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
@@ -360,13 +396,13 @@ def test_evaluation_of_the_demo(demo_run, tmp_path, cache_folder):
 
 @pytest.mark.parametrize("flags,named", [
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/such"], "/no/such"),
-    (["--prompt", "scribble"], "--prompt scribble"), (["--backbone", "vgg"], "--backbone vgg"),
-    (["--fraction", "0"], "--fraction 0"), (["--max-steps", "0"], "--max-steps 0"), (["--lr", "-1"], "--lr -1"),
+    (["--prompt", "scribble"], "--prompt"), (["--backbone", "vgg"], "--backbone vgg"),
+    (["--fraction", "0"], "--fraction 0"), (["--max-steps", "0"], "--max-steps: 0"), (["--lr", "-1"], "--lr: -1"),
     (["--priors", "colour"], "--priors colour"), (["--batch-size", "two"], "--batch-size"), (["--what"], "--what"),
     (["--branches", "sem", "--no-cognitive"], "--branches sem"), (["--image-size", "33"], "--image-size 33"),
     (["--sam-checkpoint", "/no/file.pth"], "/no/file.pth"), (["--clip", "nonsense:x"], "--clip nonsense:x"),
-    (["--precision", "int8"], "--precision int8"), (["--out", "/proc/none"], "/proc"),
-    (["--tune-encoder", "half"], "--tune-encoder half"), (["--rounds", "0"], "--rounds 0"),
+    (["--precision", "int8"], "--precision"), (["--out", "/proc/none"], "/proc"),
+    (["--tune-encoder", "half"], "--tune-encoder"), (["--rounds", "0"], "--rounds: 0"), (["--init", "/no/run"], "--init /no/run"),
     (["--loss-weights", "0", "0", "0"], "--loss-weights"), (["--attributes-file", "/no/texts.json"], "/no/texts.json")])
 def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, "--cache", "none", "--out", str(tmp_path / "out"), *flags])
