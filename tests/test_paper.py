@@ -11,7 +11,7 @@ from common import InputError
 from conftest import ROOT, fails
 from medsegr import Config
 from paper import ablations, figures, tables
-from figures.figures import pearson
+from paper.figures import pearson
 from readers.synapse import ORGANS, TEST_CASES
 
 
