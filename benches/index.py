@@ -77,15 +77,16 @@ def build_index(root):
 def use_index(root):
     started = time.perf_counter()
     source = SAMed2D(root, "train")
-    opened, spent = time.perf_counter() - started, {}
+    spent = dict(open_s=time.perf_counter() - started)
     rows = np.random.default_rng(1).integers(0, len(source), 10 * TOUCHES).tolist()
-    for name in ("key", "masks"):
+    for name, look_up in dict(key_us=source.key, masks_us=source.masks).items():
         started = time.perf_counter()
         for row in rows:
-            getattr(source, name)(row)
-        spent[f"{name}_us"] = (time.perf_counter() - started) / len(rows) * 1e6
-    return dict(open_s=opened, **spent, pickle_bytes=len(pickle.dumps(source)),
-                workers={kind: in_workers(Touched(source), kind) for kind in ("fork", "spawn")})
+            look_up(row)
+        spent[name] = (time.perf_counter() - started) / len(rows) * 1e6
+    touched = Touched(len(source), source.key, source.masks)
+    return dict(**spent, pickle_bytes=len(pickle.dumps(source)),
+                workers={kind: in_workers(touched, kind) for kind in ("fork", "spawn")})
 
 
 def use_lists(root):
@@ -93,40 +94,25 @@ def use_lists(root):
     before, started = memory()["rss"], time.perf_counter()
     with open(root / ORIGINAL) as f:
         read = json.load(f)
-    pairs = Pairs(list(read.keys()), list(read.values()))
-    return dict(seconds=time.perf_counter() - started, before_mb=before, peak_mb=memory()["peak"],
-                workers=dict(fork=in_workers(Touched(pairs), "fork")))
-
-
-class Pairs:
-    """Image and mask paths as lists, with SAMed2D's names."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def key(self, i):
-        return self.images[i]
-
-    def masks(self, i):
-        return list(self.labels[i])
+    images, masks = list(read.keys()), list(read.values())
+    return dict(seconds=time.perf_counter() - started, before_mb=before, peak_mb=memory()["peak"], workers=dict(
+        fork=in_workers(Touched(len(images), images.__getitem__, lambda i: list(masks[i])), "fork")))
 
 
 class Touched(torch.utils.data.Dataset):
-    """Item w: by how much this process grows when it looks up TOUCHES random entries, in MB."""
+    """Item w: by how much this process grows when it looks up TOUCHES random entries among n, in MB."""
 
-    def __init__(self, source):
-        self.source = source
+    def __init__(self, n, *look_ups):
+        self.n, self.look_ups = n, look_ups
 
     def __len__(self):
         return WORKERS
 
     def __getitem__(self, worker):
-        before, rng = memory(), np.random.default_rng(worker)
-        for row in rng.integers(0, len(self.source), TOUCHES).tolist():
-            self.source.key(row), self.source.masks(row)
+        before = memory()
+        for row in np.random.default_rng(worker).integers(0, self.n, TOUCHES).tolist():
+            for look_up in self.look_ups:
+                look_up(row)
         after = memory()
         return {kind: after[kind] - before[kind] for kind in ("rss", "private", "dirty")}
 

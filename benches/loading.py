@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import warnings
-from argparse import Namespace
+from collections import deque
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from benches.timing import measure
 from common import InputError, seeded
@@ -23,7 +23,7 @@ MASKS = 5  # per image: SAM-Med2D's default
 WORKERS, PEER = (1, 2, 4), "SAM-Med2D's"
 
 
-class Loaded(torch.utils.data.Dataset):
+class Loaded(Dataset):
     """Item i: an image as a training step wants it, up to MASKS targets, their texts, a box for each."""
 
     def __init__(self, dataset, texts, images, view):
@@ -43,10 +43,8 @@ def bench_data(args):
     torch.set_num_threads(1)  # a worker process has one
     record = {}
     print("\nimages a second; as a ratio: ours over SAM-Med2D's" if peer else "\nimages a second")
-    for entry in args.sets:
-        name, _, folder = entry.partition("=")
-        dataset = open_dataset(name, folder or None, "train", args.image_size)
-        texts = Texts(name)
+    for name, folder in args.sets:
+        dataset, texts = open_dataset(name, folder, "train", args.image_size), Texts(name)
         texts.check(dataset.source.pairs)
         images = min(args.images, len(dataset))
         with tempfile.TemporaryDirectory() as copy:
@@ -55,7 +53,7 @@ def bench_data(args):
                 rows = export(dataset, images, Path(copy))
                 loaders[PEER] = peer(copy, args.image_size, mask_num=MASKS, requires_name=False)
                 if rows < images:  # those without any mask, which its loader cannot read
-                    loaders = {k: torch.utils.data.Subset(v, range(rows)) for k, v in loaders.items()}
+                    loaders = {k: Subset(v, range(rows)) for k, v in loaders.items()}
             record[name] = rates(loaders, args)
     return record
 
@@ -64,43 +62,32 @@ def rates(loaders, args):
     """{name: Dataset} -> {"one process" or "n workers": {name: images a second}}, printed."""
     result = {}
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than there are cores
-
-    def through(items):
-        for _ in items:
-            pass
-
     for workers in (0, *(w for w in WORKERS if w <= 2 * os.cpu_count())):
-        # the first pass, which warms up, also starts the workers
-        passes = {name: partial(through, DataLoader(dataset, batch_size=None, num_workers=workers,
-                                                    persistent_workers=workers > 0))
+        # the first pass, which warms up, also starts the workers; a deque of length 0 keeps nothing
+        passes = {name: partial(deque, DataLoader(dataset, batch_size=None, num_workers=workers,
+                                                  persistent_workers=workers > 0), maxlen=0)
                   for name, dataset in loaders.items()}
-        times, failed = measure(passes, Namespace(**vars(args), device="cpu"), slow=120)
+        times, failed = measure(passes, args, slow=120)
         if failed:
             raise InputError("; ".join(f"{name} loader: {why}" for name, why in failed.items()))
-        rate = {name: len(loaders[name]) / t["ms"] * 1000 for name, t in times.items()}
         what = f"{workers} worker{'s' * (workers > 1)}" if workers else "one process"
-        line = ", ".join(f"{name} {r:.1f}" for name, r in rate.items())
-        if PEER in rate:
-            line += f", ratio {rate['ours'] / rate[PEER]:.2f}"
-        print(f"{what:<12} {line}", flush=True)
-        result[what] = rate
+        rate = result[what] = {name: len(loaders[name]) / t["ms"] * 1000 for name, t in times.items()}
+        print(f"{what:<12}", ", ".join(f"{name} {r:.1f}" for name, r in rate.items())
+              + (f", ratio {rate['ours'] / rate[PEER]:.2f}" if PEER in rate else ""), flush=True)
     return result
 
 
 def sam_med2d(folder):
     """The class TrainingDataset of a clone of SAM-Med2D."""
-    if not (Path(folder) / "DataLoader.py").is_file():
-        raise InputError(f"--peer {folder}: holds no DataLoader.py; clone github.com/OpenGVLab/SAM-Med2D there")
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, folder)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return import_module("DataLoader").TrainingDataset
     except ImportError as e:
-        raise InputError(f"--peer {folder}: {e}; its loader needs opencv-python-headless, albumentations and "
-                         "scikit-image: install them") from None
+        raise InputError(f"--peer {folder}: {e}; install opencv-python-headless, albumentations and scikit-image, "
+                         "which its loader needs") from None
     finally:
-        sys.path.remove(str(folder))
+        sys.path.remove(folder)
 
 
 def export(dataset, images, folder):
@@ -112,12 +99,10 @@ def export(dataset, images, folder):
             continue
         image = np.atleast_3d(picture.image)
         image = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).astype(np.uint8)
-        image = np.broadcast_to(image, (*image.shape[:2], 3))
-        Image.fromarray(np.ascontiguousarray(image)).save(folder / f"{i}.png")
-        masks = []
-        for t, mask in enumerate(picture.masks):
-            masks.append(str(folder / f"{i}_{t}.png"))
-            Image.fromarray(mask.astype(np.uint8) * 255).save(masks[-1])
-        pairs[str(folder / f"{i}.png")] = masks
+        files = [str(folder / f"{i}_{t}.png") for t in range(len(picture.masks) + 1)]
+        masks = [mask.astype(np.uint8) * 255 for mask in picture.masks]
+        for file, pixels in zip(files, [np.broadcast_to(image, (*image.shape[:2], 3)), *masks]):
+            Image.fromarray(np.ascontiguousarray(pixels)).save(file)
+        pairs[files[0]] = files[1:]
     (folder / "image2label_train.json").write_text(json.dumps(pairs))
     return len(pairs)

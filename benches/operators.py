@@ -1,6 +1,7 @@
 """bench.py ops: both operators against the fastest composition of plain PyTorch, torchvision, and a copy."""
 import statistics
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -154,22 +155,24 @@ def check(device, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
 
+COLUMNS = "{:>4}{:>4}{:>10}{:>10}{:>10}{:>11}  {:<36}{:>10}{:>8}{:>8}{:>16}{:>8}".format
+HEADER = COLUMNS("grid", "M", "ours ms", "copy ms", "ours/copy", "of copy bw", "fastest composition", "ms", "ratio",
+                 "memory", "torchvision ms", "ratio")
+
+
 def bench_ops(args):
-    """both operators against the fastest composition of plain PyTorch, torchvision, and a copy of their output"""
     device, dtype, tables = torch.device(args.device), getattr(torch, args.dtype), []
     check(device, dtype)
     for title, ours, make, compositions, peer, directions in OPERATORS:
         for wanted in directions:
             name, rows, pace = f"{title}, forward" + " + backward to " * bool(wanted) + ", ".join(wanted), [], {}
-            print(f"\n{name}\n{'grid':>4}{'M':>4}{'ours ms':>10}{'copy ms':>10}{'ours/copy':>10}"
-                  f"{'of copy bw':>11}  {'fastest composition':<36}{'ms':>10}{'ratio':>8}{'memory':>8}"
-                  f"{'torchvision ms':>16}{'ratio':>8}")
-            for grid in args.grids or ((14, 32) if args.quick else (14, 16, 32, 64)):
-                for M in args.targets or ((1, 8) if args.quick else (1, 8, 96)):
-                    inputs = make(M, args.channels, grid, grid, dtype=dtype, device=device)
-                    row = bench_shape(ours, inputs, compositions, peer, wanted, pace, args)
-                    rows.append(dict(grid=grid, targets=M, **row))
-                    print_row(rows[-1])
+            print(f"\n{name}\n" + HEADER)
+            for grid, M in product(args.grids or ((14, 32) if args.quick else (14, 16, 32, 64)),
+                                   args.targets or ((1, 8) if args.quick else (1, 8, 96))):
+                inputs = make(M, args.channels, grid, grid, dtype=dtype, device=device)
+                row = bench_shape(ours, inputs, compositions, peer, wanted, pace, args)
+                rows.append(dict(grid=grid, targets=M, **row))
+                print_row(rows[-1])
             tables.append(dict(title=name, rows=rows, summary=summarise(rows)))
     return dict(channels=args.channels, tables=tables)
 
@@ -179,10 +182,9 @@ def bench_shape(ours, inputs, compositions, peer, wanted, pace, args):
     y = ours(**inputs)
     target, left_out, patience = torch.empty_like(y), {}, 2 if args.quick else 30
     calls = dict(ours=call(ours, inputs, wanted, y), copy=lambda: target.copy_(y))
-    expected = {n: p * y.numel() for n, p in pace.items()}
-    fastest = min((expected[n] for n in compositions if n in expected), default=0)
+    fastest = min((pace[n] for n in compositions if n in pace), default=0) * y.numel()
     for name, (f, *tensors) in (compositions | (dict(torchvision=(peer, 0, 0)) if peer else {})).items():
-        need, t = tensors[bool(wanted)] * y.nbytes, expected.get(name, 0)
+        need, t = tensors[bool(wanted)] * y.nbytes, pace.get(name, 0) * y.numel()
         if need > MEMORY:
             left_out[name] = f"would take about {need / 2 ** 30:.0f} GiB"
         elif t > patience or name in compositions and t > max(patience / 20, 3 * fastest):
@@ -203,22 +205,22 @@ def bench_shape(ours, inputs, compositions, peer, wanted, pace, args):
 
 
 def print_row(row):
-    show = lambda v, width, digits=2: f"{'-' if v is None else f'{v:.{digits}f}':>{width}}"
-    ms = lambda name, width=10: show(row["times"].get(name, {}).get("ms"), width, 3)
-    print(f"{row['grid']:>4}{row['targets']:>4}{ms('ours')}{ms('copy')}{show(row['ours_per_copy'], 10)}"
-          f"{row['of_copy_bandwidth']:>11.0%}  {row['best'] or '-':<36}{ms(row['best'])}{show(row['best_ratio'], 8)}"
-          f"{show(row['memory_ratio'], 8)}{ms('torchvision', 16)}{show(row['torchvision_ratio'], 8)}", flush=True)
+    ms = {n: f"{t['ms']:.3f}" for n, t in row["times"].items()}
+    ratio = lambda key: "-" if row[key] is None else f"{row[key]:.2f}"
+    print(COLUMNS(row["grid"], row["targets"], ms["ours"], ms["copy"], ratio("ours_per_copy"),
+                  f"{row['of_copy_bandwidth']:.0%}", row["best"] or "-", ms.get(row["best"], "-"), ratio("best_ratio"),
+                  ratio("memory_ratio"), ms.get("torchvision", "-"), ratio("torchvision_ratio")), flush=True)
     if row["left_out"]:
         print(" " * 10 + "left out: " + "; ".join(f"{name}, {why}" for name, why in row["left_out"].items()))
 
 
 def summarise(rows):
     """The smallest and the geometric mean of each ratio, over the rows that have it."""
-    summary, parts = {}, []
-    for key in ("best_ratio", "torchvision_ratio"):
+    summary = {}
+    for key, name in (("best_ratio", "fastest composition"), ("torchvision_ratio", "torchvision")):
         if values := [r[key] for r in rows if r[key]]:
-            summary[key] = dict(rows=len(values), min=min(values), geometric_mean=statistics.geometric_mean(values))
-            parts.append("{} {min:.2f} or more, geometric mean {geometric_mean:.2f}, {rows} shapes".format(
-                "fastest composition" if key == "best_ratio" else "torchvision", **summary[key]))
-    print("ratios: " + "; ".join(parts))
+            found = summary[key] = dict(
+                rows=len(values), min=min(values), geometric_mean=statistics.geometric_mean(values))
+            print("ratio to {}: at least {min:.2f}, geometric mean {geometric_mean:.2f}, {rows} shapes".format(
+                name, **found))
     return summary

@@ -37,9 +37,8 @@ def medpys(prediction, truth, classes):
 def bench_eval(args):
     """-> {data set: seconds per volume}"""
     record = {}
-    for entry in args.sets:
-        name, _, folder = entry.partition("=")
-        dataset = open_dataset(name, folder or None, args.split, 256)
+    for name, folder in args.sets:
+        dataset = open_dataset(name, folder, args.split, 256)
         if not dataset.volumes:
             raise InputError(f"{name}: holds no volumes to score; give synapse=DIR")
         volumes = {}
@@ -54,15 +53,16 @@ def bench_eval(args):
         for case, slices in volumes.items():
             truth = np.stack(slices)
             for kind, prediction in predictions(truth, len(dataset.classes)).items():
-                started = time.perf_counter()
+                times = [time.perf_counter()]
                 ours = score_labels(prediction, truth, dataset.classes)
-                middle = time.perf_counter()
+                times.append(time.perf_counter())
                 theirs = medpys(prediction, truth, dataset.classes)
-                seconds.setdefault(kind, []).append((middle - started, time.perf_counter() - middle))
-                difference = max(abs(ours[c][m] - v) for c, pair in theirs.items() for m, v in zip(("dice", "hd95"), pair))
-                if difference > 1e-9:
-                    raise RuntimeError(f"{case}, {kind}: ours differs from medpy by {difference}")
-                largest = max(largest, difference)
+                times.append(time.perf_counter())
+                seconds.setdefault(kind, []).append(np.diff(times))
+                largest = max(largest, *(abs(ours[c][m] - v) for c, pair in theirs.items()
+                                         for m, v in zip(("dice", "hd95"), pair)))
+                if largest > 1e-9:
+                    raise RuntimeError(f"{case}, {kind}: ours differs from medpy by {largest}")
         shapes = ", ".join("x".join(map(str, np.shape(s))) for s in volumes.values())
         print(f"\n{name}, {len(volumes)} volumes ({shapes}), {len(dataset.classes)} classes; s per volume"
               f"\n{'prediction':<12}{'ours':>8}{'medpy':>8}{'ratio':>8}")

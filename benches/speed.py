@@ -1,11 +1,10 @@
 """bench.py speed: table 7, tuned parameters and images per second, each image with one box."""
-import statistics
 import warnings
 
 import torch
 from segment_anything import sam_model_registry
 
-from benches.timing import timed
+from benches.timing import measure
 from inference import autocast
 from medsegr import Config, MedSegR
 from paper.tables import NUMBERS
@@ -53,31 +52,31 @@ ROWS = {
 }
 
 
+COLUMNS = "{:<40}{:>10}{:>20}{:>8}{:>7}".format
+
+
 @torch.no_grad()
 def bench_speed(args):
     """-> {row: tuned parameters in M, images a second by batch size}"""
     device, record = torch.device(args.device), {}
-    print(f"\n{'':<40}{'tuned, M':>10}{'images/s, batch 1':>20}{'best':>8}{'batch':>7}")
+    print("", COLUMNS("", "tuned, M", "images/s, batch 1", "best", "batch"), sep="\n")
     for name, make in ROWS.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             answer, S, tuned = make(device)
         rates = {}
         for n in args.batches:
             images = torch.randint(0, 256, (n, 3, S, S), device=device).float()
             box = torch.tensor([[S / 4, S / 4, S / 2, S / 2]], device=device).expand(n, -1)
             with autocast(device, args.dtype):
-                first = timed(lambda: answer(images, box), device)  # warms up
-                repeats = 1 if first > 5 else min(args.repeats, max(3, int(2 / first)))
-                seconds = [first] if first > 20 else [timed(lambda: answer(images, box), device) for _ in range(repeats)]
-            rates[n] = n / statistics.median(seconds)
-            if n > 1 and rates[n] < 0.9 * max(rates.values()) or n / rates[n] > 20:
+                times, _ = measure(dict(ours=lambda: answer(images, box)), args, slow=20)
+            rates[n] = n / times["ours"]["ms"] * 1000
+            if rates[n] < 0.9 * max(rates.values()) or n / rates[n] > 20:
                 break  # larger ones are slower still, or take too long
         best = max(rates, key=rates.get)
         record[name] = dict(tuned=tuned, images_per_s=rates)
-        print(f"{name:<40}{tuned:>10.2f}{rates[1]:>20.2f}{rates[best]:>8.2f}{best:>7}")
+        print(COLUMNS(name, f"{tuned:.2f}", f"{rates[1]:.2f}" if 1 in rates else "-", f"{rates[best]:.2f}", best))
     for name, (backbone, tuned, rate) in NUMBERS["table7"]["rows"].items():
-        print(f"paper: {name + ', ' + backbone + '*':<33}{tuned:>10.2f}{rate:>20}")
-    print(f"* {NUMBERS['table7']['note']}: compare the ratios\nPlain SAM: all of its parameters, or with a size of ours "
-          "its decoder's")
+        print(COLUMNS(f"paper: {name}, {backbone}*", f"{tuned:.2f}", rate, "", ""))
+    print(f"* {NUMBERS['table7']['note']}: compare the ratios\n"
+          "Plain SAM: all of its parameters, or with a size of ours its decoder's")
     return dict(rows=record)

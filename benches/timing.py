@@ -1,66 +1,56 @@
 """Times of what takes turns, and the memory of what has a process of its own."""
 import re
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer, timer
 
 
-def timed(f, device, n=1):
-    """Seconds per call of n calls."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-    started = time.perf_counter()
-    for _ in range(n):
-        f()
-    if device.type == "cuda":
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / n
-    return (time.perf_counter() - started) / n
+def once(f):
+    """Seconds of one call, on a GPU until all of it is done."""
+    started = timer()
+    f()
+    return timer() - started
 
 
 def measure(calls, args, rivals=(), slow=3):
     """{name: function} -> {name: dict(ms, min_ms, max_ms, samples[, peak_mb])}, {name: why there is none}.
 
     A first round warms up and sorts out: what takes over `slow` seconds keeps its one time, and of the rivals only
-    those near the fastest go on. The rest takes turns of a millisecond or more, 3 times or more, for most of a second.
+    those near the fastest go on. The rest takes args.repeats turns, each PyTorch's own blocked_autorange.
     """
-    device, times, failed, peak = torch.device(args.device), {}, {}, {}
+    times, failed, peak, cuda = {}, {}, {}, args.device == "cuda"
+    timers = {name: Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads()) for name, f in calls.items()}
     for name, f in calls.items():
         try:
-            if device.type == "cuda":
+            if cuda:
                 held = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-            times[name] = [timed(f, device)]
-            if device.type == "cuda":
+            times[name] = [once(f)]
+            if cuda:
                 peak[name] = dict(peak_mb=(torch.cuda.max_memory_allocated() - held) / 2 ** 20)
             if times[name][0] < 1:
-                times[name] = [timed(f, device, max(1, int(5e-3 / times[name][0])))]
+                times[name] = timers[name].blocked_autorange(min_run_time=0.005).times
         except RuntimeError as e:  # no kernel for this dtype, or out of memory
             if name == "ours":
                 raise
             failed[name] = " ".join(str(e).split())[:100]
-    limit = dict.fromkeys(rivals, 1.5 * min((times[n][0] for n in rivals if n in times), default=0))
-    turns = {n: max(1, int(1e-3 / t[0])) for n, t in times.items() if t[0] <= min(slow, limit.get(n, slow))}
-    lap = sum(times[name][0] * n for name, n in turns.items())
-    samples = {name: [] for name in turns}
-    for _ in range(min(args.repeats, max(3, int((0.2 if args.quick else 0.7) / max(lap, 1e-9))))):
-        for name, n in turns.items():
-            samples[name].append(timed(calls[name], device, n))
+    fastest = min((min(times[n]) for n in rivals if n in times), default=0)
+    turns = {n: [] for n, t in times.items() if min(t) <= (min(slow, 1.5 * fastest) if n in rivals else slow)}
+    for _ in range(args.repeats):
+        for name, found in turns.items():
+            found += timers[name].blocked_autorange(min_run_time=0.05).times
     return {name: dict(ms=1000 * statistics.median(t), min_ms=1000 * min(t), max_ms=1000 * max(t), samples=len(t),
-                       **peak.get(name, {})) for name, t in (times | samples).items()}, failed
+                       **peak.get(name, {})) for name, t in (times | turns).items()}, failed
 
 
-def in_a_process(f, *args):
-    """f(*args) in a fresh process, so that its memory is its own."""
+def in_a_process(f, *args, **options):
+    """f(...) in a fresh process, so that its memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(f, *args).result()
+        return pool.submit(f, *args, **options).result()
 
 
 def memory():

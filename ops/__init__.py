@@ -9,6 +9,7 @@ kernels take weight, gate and offset. Where nothing can be compiled, one warning
 """
 import contextlib
 import warnings
+from functools import cache, partial
 
 import torch
 
@@ -32,11 +33,10 @@ def dynamic_conv2d(x, weight, gate=None, index=None):
     x [B,C,H,W]; weight [M,k,k], k odd; gate [M,H,W] or None; index int64 [M] or None (M = B) -> [M,C,H,W].
     """
     reference.check_dynamic(x, weight, gate, index)
-    x = autocast(x)
+    x, sums = autocast(x)
     if not compiled(x.device.type, x.dtype):
         return reference.dynamic_conv2d(x, weight, gate, index)
-    wide = sum_dtype(x)
-    return kernels.dynamic_conv2d(x, weight.to(wide), None if gate is None else gate.to(wide), index)
+    return kernels.dynamic_conv2d(x, weight.to(sums), None if gate is None else gate.to(sums), index)
 
 
 def deform_conv2d(x, offset, weight):
@@ -45,46 +45,40 @@ def deform_conv2d(x, offset, weight):
     x [M,C,H,W]; offset [M,2kk,H,W] or [M,2kk,1,1] (dy and dx of each tap); weight [M,k,k], k odd -> [M,C,H,W].
     """
     reference.check_deform(x, offset, weight)
-    x = autocast(x)
+    x, sums = autocast(x)
     if not compiled(x.device.type, x.dtype):
         return reference.deform_conv2d(x, offset, weight)
-    wide = sum_dtype(x)
-    return kernels.deform_conv2d(x, offset.to(wide), weight.to(wide))
+    return kernels.deform_conv2d(x, offset.to(sums), weight.to(sums))
 
 
 def autocast(x):
-    """Under autocast x comes in the lower precision, as for torch's own convolutions."""
+    """-> x, under autocast in the lower precision, as for torch's own convolutions; and the dtype of the sums."""
     device = x.device.type
     if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def sum_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.to(torch.get_autocast_dtype(device))
+    return x, torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled or not
 
-state = {}  # kind of device -> whether its extension is loaded
 forced = []  # not empty inside reference_only()
 
 
 @torch.compiler.assume_constant_result
 def compiled(kind, dtype=torch.float32):
     """Whether there is an extension for a kind of device that takes this dtype; the first call builds it."""
-    if forced or kind not in ("cpu", "cuda") or (kind == "cuda" and dtype == torch.float64):
+    return not forced and (kind == "cpu" or kind == "cuda" and dtype != torch.float64) and built(kind)
+
+
+@cache
+def built(kind):
+    try:
+        build.load(kind)
+    except build.BuildError as e:
+        warnings.warn(f"MedSeg-R's operators run in plain PyTorch on {kind}, several times slower: {e}", stacklevel=4)
         return False
-    if kind not in state:
-        try:
-            build.load(kind)
-            state[kind] = True
-        except build.BuildError as e:
-            state[kind] = False
-            warnings.warn(f"MedSeg-R's operators run in plain PyTorch on {kind}, several times slower: {e}",
-                          stacklevel=3)
-    return state[kind]
+    return True
 
 
 @contextlib.contextmanager
@@ -107,13 +101,12 @@ def grads(tensors, needs):
 
 @torch.library.register_fake("medsegr::dynamic_conv2d", lib=library)
 def _(x, weight, gate, index):
-    return x.new_empty(weight.shape[0], *x.shape[1:])
+    return x.new_empty(len(weight), *x.shape[1:])
 
 
 @torch.library.register_fake("medsegr::dynamic_conv2d_backward", lib=library)
 def _(grad, x, weight, gate, index, *needs):
-    gate_like = weight.new_empty(weight.shape[0], *x.shape[-2:])
-    return grads((x, weight, gate_like), needs)
+    return grads((x, weight, weight.new_empty(len(weight), *x.shape[2:])), needs)
 
 
 @torch.library.register_fake("medsegr::deform_conv2d", lib=library)
@@ -130,17 +123,13 @@ def save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def dynamic_backward(ctx, grad):
-    needs = ctx.needs_input_grad[:3]
-    found = kernels.dynamic_conv2d_backward(grad, *ctx.saved_tensors, *needs)
-    return *(g if need else None for g, need in zip(found, needs)), None
-
-
-def deform_backward(ctx, grad):
+def backward(kernel, ctx, grad):
+    """The gradients of the first three inputs; a fourth is an index, which has none."""
     needs = ctx.needs_input_grad
-    found = kernels.deform_conv2d_backward(grad, *ctx.saved_tensors, *needs)
-    return tuple(g if need else None for g, need in zip(found, needs))
+    found = kernel(grad, *ctx.saved_tensors, *needs[:3])
+    return *(g if need else None for g, need in zip(found, needs)), *[None] * (len(needs) - 3)
 
 
-torch.library.register_autograd("medsegr::dynamic_conv2d", dynamic_backward, setup_context=save, lib=library)
-torch.library.register_autograd("medsegr::deform_conv2d", deform_backward, setup_context=save, lib=library)
+for name in ("dynamic_conv2d", "deform_conv2d"):
+    torch.library.register_autograd(f"medsegr::{name}", partial(backward, getattr(kernels, f"{name}_backward")),
+                                    setup_context=save, lib=library)

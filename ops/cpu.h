@@ -1,25 +1,18 @@
 // What the two CPU operators share: a SIMD register as a type, and the declarations that let one call the other.
 #pragma once
+#include "shared.h"
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <cstring>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 namespace medsegr {
 
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-
 Tensor dynamic_conv2d(const Tensor& x, const Tensor& weight, const Optional& gate, const Optional& index);
 std::tuple<Tensor, Tensor, Tensor> dynamic_conv2d_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& gate, const Optional& index,
     bool need_x, bool need_weight, bool need_gate);
-
-// float32 sums for float16 and bfloat16; kernels, gates and offsets come in this type as well
-template <typename scalar_t> struct Sum { using type = float; };
-template <> struct Sum<double> { using type = double; };
 
 #ifdef __AVX512F__
 constexpr int BYTES = 64;
@@ -47,8 +40,6 @@ template <typename T> inline T sum(Vec<T> v) {
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
   return lane[0];
 }
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // about how many numbers a thread should at least have to compute
 constexpr int64_t GRAIN = 1 << 16;

@@ -7,15 +7,13 @@
 //
 // tests/host_cuda.h compiles the same files for the CPU, with MEDSEGR_HOST, and executes them thread by thread.
 #pragma once
+#include "shared.h"
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 #include <algorithm>
 #include <climits>
-#include <optional>
 #include <tuple>
 #include <vector>
 #ifndef MEDSEGR_HOST
@@ -28,13 +26,6 @@
 namespace medsegr {
 namespace {
 
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-
-// float32 sums for float16 and bfloat16; kernels, gates and offsets come in this type as well
-template <typename scalar_t> struct Sum { using type = float; };
-template <> struct Sum<double> { using type = double; };
-
 constexpr int R = 16;             // rows of a strip
 constexpr int SIDE = 64;          // rows and columns of a tile, at most
 constexpr int THREADS = 256;      // of a block, at most
@@ -43,7 +34,6 @@ constexpr int SHARED = 48 << 10;  // bytes of shared memory that any block may h
 constexpr int LARGEST = 9;        // kernel size that is compiled as a constant
 
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // Rows in which a column of a k x k kernel is stored, with zeros at the end: 16 bytes are read at once, and sizes above
 // LARGEST are worked through 8 rows at a time.
@@ -268,18 +258,6 @@ __device__ void block_sums(const T* number, T* scratch, int count, T* out, int s
 #else
 #define MEDSEGR_DISPATCH(type, name, ...) AT_DISPATCH_SWITCH(type, name, MEDSEGR_FLOATS(__VA_ARGS__))
 #endif
-
-// Calls f with k as a compile-time constant; larger kernels with 0
-template <typename F> void with_kernel_size(int64_t k, F f) {
-  switch (k) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 7: return f(std::integral_constant<int, 7>());
-    case 9: return f(std::integral_constant<int, 9>());
-    default: return f(std::integral_constant<int, 0>());
-  }
-}
 
 }  // namespace
 }  // namespace medsegr

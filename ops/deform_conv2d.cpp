@@ -262,20 +262,19 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(
   const Tensor grad = grad_.contiguous(), x = x_.contiguous();
   const Tensor offset = offset_.contiguous(), weight = weight_.contiguous();
   const int64_t M = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
-  const Tensor none = at::empty({0}, weight.options());
   if (x.numel() == 0)
-    return {need_x ? at::zeros_like(x) : none, need_offset ? at::zeros_like(offset) : none,
-            need_weight ? at::zeros_like(weight) : none};
+    return {need_x ? at::zeros_like(x) : none(weight), need_offset ? at::zeros_like(offset) : none(weight),
+            need_weight ? at::zeros_like(weight) : none(weight)};
   const auto [taps, reach] = as_convolution(offset, k);
   if (reach) {
     const bool kernel = need_offset || need_weight;
     const auto [grad_x, grad_dense, unused] = dynamic_conv2d_backward(
         grad, x, dense_kernel(taps, weight, reach), std::nullopt, std::nullopt, need_x, kernel, false);
-    if (!kernel) return {grad_x, none, none};
+    if (!kernel) return {grad_x, none(weight), none(weight)};
     const auto [to_offset, to_weight] = dense_kernel_backward(taps, weight, reach, grad_dense);
-    return {grad_x, need_offset ? to_offset : none, need_weight ? to_weight : none};
+    return {grad_x, need_offset ? to_offset : none(weight), need_weight ? to_weight : none(weight)};
   }
-  const Tensor grad_x = need_x ? at::empty_like(x) : none;
+  const Tensor grad_x = need_x ? at::empty_like(x) : none(weight);
   Tensor grad_offset, grad_weight;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "deform_conv2d_backward", [&] {
     using T = typename Sum<scalar_t>::type;
@@ -288,8 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(
              need_offset ? grad_offset.mutable_data_ptr<T>() : nullptr,
              need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
   });
-  return {grad_x, need_offset ? grad_offset.sum(0).sum_to_size(offset.sizes()) : none,
-          need_weight ? grad_weight.sum(0) : none};
+  return {grad_x, need_offset ? grad_offset.sum(0).sum_to_size(offset.sizes()) : none(weight),
+          need_weight ? grad_weight.sum(0) : none(weight)};
 }
 
 TORCH_LIBRARY_IMPL(medsegr, CPU, m) {

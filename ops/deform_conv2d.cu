@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& grad_, c
                                                           bool need_weight) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Arguments a(x, offset, weight);
-  const Tensor grad = grad_.contiguous(), none = at::empty({0}, weight.options());
+  const Tensor grad = grad_.contiguous();
   const bool fits = grad.sizes() == x.sizes() && grad.options().type_equal(x.options());
   TORCH_CHECK_VALUE(fits, "deform_conv2d: grad must have the shape and dtype of x");
   if (need_x && !a.shared) at::globalContext().alertNotDeterministic("medsegr::deform_conv2d_backward");
@@ -287,7 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(const Tensor& grad_, c
              offsets.mutable_data_ptr<T>(), weights.mutable_data_ptr<T>());
     }
   });
-  return {grad_x.to(x.scalar_type()), need_offset ? offsets.sum(0) : none, need_weight ? weights.sum(0) : none};
+  return {grad_x.to(x.scalar_type()), need_offset ? offsets.sum(0) : none(weight),
+          need_weight ? weights.sum(0) : none(weight)};
 }
 
 TORCH_LIBRARY_IMPL(MEDSEGR_LIBRARY, MEDSEGR_KEY, m) {

@@ -149,18 +149,6 @@ void backward(const Plane<T>& s, int64_t M, int64_t C, int64_t blocks, const sca
   });
 }
 
-// calls f with k as a compile-time constant; larger kernels with 0
-template <typename F> void with_kernel_size(int64_t k, F f) {
-  switch (k) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 7: return f(std::integral_constant<int, 7>());
-    case 9: return f(std::integral_constant<int, 9>());
-    default: return f(std::integral_constant<int, 0>());
-  }
-}
-
 // index int64 [M] or None, made contiguous and checked
 Tensor checked(const Optional& index, int64_t M, int64_t B) {
   if (!index) {
@@ -220,9 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_conv2d_backward(
                       to(grad_gate));
       });
     });
-  const Tensor none = at::empty({0}, options);
-  return {need_x ? grad_x.to(x.scalar_type()) : none, need_weight ? grad_weight.sum(0) : none,
-          need_gate ? grad_gate.sum(0) : none};
+  return {need_x ? grad_x.to(x.scalar_type()) : none(weight), need_weight ? grad_weight.sum(0) : none(weight),
+          need_gate ? grad_gate.sum(0) : none(weight)};
 }
 
 TORCH_LIBRARY_IMPL(medsegr, CPU, m) {

@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_conv2d_backward(
                     "dynamic_conv2d: grad unlike the output");
   a.grad = grad.contiguous();
   const auto wide = weight.options();
-  const Tensor none = at::empty({0}, wide), grad_x = at::empty(need_x ? x.sizes() : 0, x.options());
+  const Tensor grad_x = at::empty(need_x ? x.sizes() : 0, x.options());
   if (grad.numel() == 0) grad_x.zero_();
   Tensor weights = parts_of(a.weight, 0), gates = at::empty({0, a.M, a.H, a.W}, wide);
   if (grad.numel() > 0) MEDSEGR_DISPATCH(x.scalar_type(), "dynamic_conv2d_backward", [&] {
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_conv2d_backward(
       }
     });
   });
-  return {grad_x, need_weight ? weights.sum(0) : none, need_gate ? gates.sum(0) : none};
+  return {grad_x, need_weight ? weights.sum(0) : none(weight), need_gate ? gates.sum(0) : none(weight)};
 }
 
 TORCH_LIBRARY_IMPL(MEDSEGR_LIBRARY, MEDSEGR_KEY, m) {

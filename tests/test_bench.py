@@ -133,7 +133,7 @@ def test_data_beside_a_peer(tmp_path):
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["data", "--peer", "nowhere"], "--peer nowhere"), (["data", "moon"], "moon"),
+    (["data", "--peer", "nowhere"], "--peer: nowhere"), (["data", "moon"], "moon"),
     (["ops", "--grids", "0"], "--grids: 0"), (["ops", "--dtype", "fp8"], "--dtype"), (["pace"], "pace"),
     (["model", "--grids", "4"], "--grids"), (["ops", "--json", "/proc/x/y.json"], "/proc/x"), ([], "command"),
     pytest.param(["ops", "--device", "cuda"], "--device cuda",

@@ -1,5 +1,6 @@
 """Building the operators: several processes, one of them killed, no compiler, a broken source, a toolkit behind a
 wrapper. A one-line library stands for the real sources, which tests/test_ops.py builds."""
+import functools
 import os
 import shutil
 import signal
@@ -25,15 +26,16 @@ def probe(tmp_path, monkeypatch):
     sources.mkdir()
     (sources / "probe.cpp").write_text('extern "C" int medsegr_probe() { return 7; }\n')
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\necho call >> {tmp_path}/calls\n[ -f {tmp_path}/slow ] && sleep 60\n'
+    # where there is a file "slow", linking writes half a library, says so in "half", and takes a minute
+    compiler.write_text(f'#!/bin/sh\necho call >> {tmp_path}/calls\n'
+                        f'case "$*" in *-shared*) if [ -f {tmp_path}/slow ]; then for last; do :; done\n'
+                        f'echo half > "$last"; touch {tmp_path}/half; sleep 60; fi;; esac\n'
                         f'exec {shutil.which("c++")} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(build, "HERE", sources)
-    build.load.cache_clear()
-    yield sources
-    build.load.cache_clear()
+    return sources
 
 
 def start(sources):
@@ -56,11 +58,12 @@ def test_processes_share_one_build(probe):
 
 
 def test_a_killed_build_does_not_block_the_next(probe):
+    """Killed while the library is half written."""
     slow = probe.parent / "slow"
     slow.touch()
     builder = start(probe)
     deadline = time.time() + 60
-    while not compilations(probe):
+    while not (probe.parent / "half").is_file():
         assert time.time() < deadline and builder.poll() is None
         time.sleep(0.1)
     os.killpg(builder.pid, signal.SIGKILL)
@@ -75,8 +78,9 @@ def test_the_name_tells_versions_and_sources_apart(probe):
     first = build.load("cpu")
     assert "torch" + torch.__version__.split("+")[0].replace(".", "_") in first.name
     (probe / "probe.cpp").write_text('extern "C" int medsegr_probe() { return 8; }\n')
-    build.load.cache_clear()
-    assert build.load("cpu") != first
+    second = build.load("cpu")
+    (probe / "shared.h").touch()
+    assert len({first, second, build.load("cpu")}) == 3
 
 
 def test_a_failure_is_one_line_and_met_once(probe):
@@ -89,6 +93,34 @@ def test_a_failure_is_one_line_and_met_once(probe):
     assert all("BuildError" in err and "error:" in err for _, err in done)
 
 
+def test_without_flock_every_process_builds_for_itself(probe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert build.load("cpu").is_file()
+
+
+@pytest.mark.parametrize("architectures", ["banana", "99.9", "9.0;sm_90", ";"])
+def test_unknown_architectures_end_in_the_fallback(probe, monkeypatch, architectures):
+    (probe / "probe.cu").touch()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")  # torch looks at the list before it looks for nvcc
+    monkeypatch.setattr(ops, "built", functools.cache(ops.built.__wrapped__))
+    build.cuda_home.cache_clear()
+    with pytest.warns(UserWarning, match=f"plain PyTorch on cuda.*TORCH_CUDA_ARCH_LIST={architectures}") as warned:
+        assert not ops.compiled("cuda") and not ops.compiled("cuda")
+    build.cuda_home.cache_clear()
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+def test_what_nvcc_says_of_an_architecture_is_the_line(probe, monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    (probe / "probe.cu").touch()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "3.5")  # torch knows it, a recent nvcc no longer does
+    with pytest.raises(build.BuildError, match="compute_35.*TORCH_CUDA_ARCH_LIST=3.5, or leave it out") as e:
+        build.load("cuda")
+    assert "\n" not in str(e.value)
+
+
 def test_an_unwritable_cache_is_named(probe, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nothing")
     with pytest.raises(build.BuildError, match="/proc/nothing.*TORCH_EXTENSIONS_DIR"):
@@ -97,7 +129,7 @@ def test_an_unwritable_cache_is_named(probe, monkeypatch):
 
 def test_without_a_compiler_the_reference_takes_over(probe, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(ops, "state", {})
+    monkeypatch.setattr(ops, "built", functools.cache(ops.built.__wrapped__))
     x, weight = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 3)
     with pytest.warns(UserWarning, match="plain PyTorch.*no-such-compiler.*install g\\+\\+") as warned:
         y = ops.dynamic_conv2d(x, weight)
@@ -121,15 +153,18 @@ def test_the_toolkit_is_found_behind_a_wrapper(tmp_path, monkeypatch):
 
 
 def test_architectures(monkeypatch):
-    monkeypatch.setattr(build, "cuda_home", lambda: "/somewhere")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert build.cuda_flags()[1] == "8.0;8.6;8.9;9.0+PTX"
+    assert [f"-gencode=arch=compute_{n},code=sm_{n}" in build.cuda_flags()[0] for n in (75, 80, 86, 89, 90)] == [
+        False, True, True, True, True]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 6), (9, 0))[i])
-    assert build.cuda_flags()[1] == "8.6;9.0"
+    assert [flag.split(",code=")[1] for flag in build.cuda_flags()[0][1:]] == [
+        "sm_86", "compute_86", "sm_90", "compute_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    assert build.cuda_flags()[1] == "7.5"
-    monkeypatch.setattr(build, "cuda_home", lambda: None)
+    assert build.cuda_flags() == (["-O3"], "7.5"), "which torch reads"
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    build.cuda_home.cache_clear()
     with pytest.raises(build.BuildError, match="nvcc.*CUDA_HOME"):
-        build.cuda_flags()
+        build.cuda_home()

@@ -76,7 +76,8 @@ def host():
         library.define(str(getattr(torch.ops.medsegr, name).default._schema).removeprefix("medsegr::"))
     library.define("mistake(Tensor x, int which) -> Tensor")
     kernels = sorted(OPS.glob("*.cu"))
-    text = [torch.__version__, MISTAKES] + [p.read_text() for p in (*kernels, OPS / "cuda.h", HERE / "host_cuda.h")]
+    files = (*kernels, *sorted(OPS.glob("*.h")), HERE / "host_cuda.h")
+    text = [torch.__version__, MISTAKES] + [p.read_text() for p in files]
     name = "medsegr_host_" + hashlib.blake2b("\n".join(text).encode(), digest_size=8).hexdigest()
     folder = build.build_root() / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +280,9 @@ def test_only_what_is_needed(kernels):
         backward = getattr(kernels.ops, f"{name}_backward")
         all_of_them = backward(up, *inputs, True, True, True)
         for wanted in range(3):
-            for i, t in enumerate(backward(up, *inputs, *(i == wanted for i in range(3)))):
+            found = backward(up, *inputs, *(i == wanted for i in range(3)))
+            assert len({id(t) for t in found}) == 3, "no result may be another one"
+            for i, t in enumerate(found):
                 torch.testing.assert_close(t, all_of_them[i] if i == wanted else t.new_empty(0))
 
 

@@ -228,13 +228,15 @@ def test_opcheck(seed):
     assert ops.compiled("cpu")
     torch.library.opcheck(torch.ops.medsegr.dynamic_conv2d.default, (*leaves(c.x, c.weight, c.gate), c.index))
     torch.library.opcheck(torch.ops.medsegr.dynamic_conv2d.default, (*leaves(c.xm, c.weight), None, None))
-    y = ops.dynamic_conv2d(c.x, c.weight, c.gate, c.index)
-    torch.library.opcheck(torch.ops.medsegr.dynamic_conv2d_backward.default,
-                          (y, c.x, c.weight, c.gate, c.index, True, True, False))
+    y, needs = ops.dynamic_conv2d(c.x, c.weight, c.gate, c.index), ((True, True, False), (False, False, True))
+    for needed in needs:
+        torch.library.opcheck(torch.ops.medsegr.dynamic_conv2d_backward.default,
+                              (y, c.x, c.weight, c.gate, c.index, *needed))
     for offset in (c.offset, c.shared):
         torch.library.opcheck(torch.ops.medsegr.deform_conv2d.default, leaves(c.xm, offset, c.weight))
-        torch.library.opcheck(torch.ops.medsegr.deform_conv2d_backward.default,
-                              (c.xm, c.xm, offset, c.weight, True, False, True))
+        for needed in needs:
+            torch.library.opcheck(torch.ops.medsegr.deform_conv2d_backward.default,
+                                  (c.xm, c.xm, offset, c.weight, *needed))
 
 
 def test_compile_does_not_break():
