@@ -5,6 +5,7 @@ import torch
 from segment_anything import sam_model_registry
 
 from benches.timing import measure
+from common import LIGHT
 from inference import autocast
 from medsegr import Config, MedSegR
 from paper.tables import NUMBERS
@@ -47,8 +48,8 @@ ROWS = {
     "SAM, ViT-B at 224": lambda d: medsegr(d, backbone="vit_b", sam_checkpoint="random", branches=("sam",)),
     "MedSeg-R, ViT-B at 224, CLIP ViT-B/16": lambda d: medsegr(d, backbone="vit_b", sam_checkpoint="random",
                                                                clip="ViT-B-16-quickgelu:random"),
-    "LiteMedSAM at 256": lambda d: medsegr(d, branches=("sam",)),
-    "MedSeg-R, LiteMedSAM at 256, MiniLM": lambda d: medsegr(d),
+    "LiteMedSAM at 256": lambda d: medsegr(d, backbone="lite_medsam", branches=("sam",)),
+    "MedSeg-R, LiteMedSAM at 256, MiniLM": lambda d: medsegr(d, **LIGHT),
 }
 
 

@@ -11,18 +11,18 @@ import torch
 import medsegr
 import ops
 from benches.timing import in_a_process, measure, memory, once
-from common import InputError
+from common import LIGHT, InputError
 from data import Batch
 from inference import autocast
+from losses import Objective, segmentation_loss
 from readers.synapse import ORGANS
 from texts import Texts
-from losses import Objective, segmentation_loss
 
 
 def bench_model(args):
     torch.manual_seed(0)
     device, g = torch.device(args.device), args.feature_grid
-    model = medsegr.MedSegR(medsegr.Config(feature_grid=g)).to(device)
+    model = medsegr.MedSegR(medsegr.Config(**LIGHT, feature_grid=g)).to(device)
     for head in model.perceptual.children():  # untrained heads would give kernels that do nothing
         torch.nn.init.normal_(head.linear.weight)
     S, attributes = model.config.image_size, Texts("demo")
@@ -105,7 +105,7 @@ def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
     device, B, T = torch.device(args.device), args.batch_size, args.targets
     torch.manual_seed(0)
     weights = None if backbone == "lite_medsam" else "random"  # as fast as SAM's
-    model = medsegr.MedSegR(medsegr.Config(backbone, weights, image_size=size)).to(device)
+    model = medsegr.MedSegR(medsegr.Config(backbone, weights, "minilm", image_size=size)).to(device)
     S, texts, index = model.config.image_size, [Texts("demo")(name, "ct") for name in ORGANS], torch.arange(B * T) // T
     boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]]).repeat(B * T, 1) * S
     batch = Batch(torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8), index, torch.zeros(B * T, S, S).bool(),
