@@ -217,7 +217,10 @@ def bootstrap_means(sums, counts, seed=0, n=2000, level=0.95):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How crowded an image is
+# How small a target is, and how crowded its image
+
+SMALL = 0.05  # of the image's area: the paper's small objects
+
 
 def overlap_rate(masks, names=None):
     """Masks bool [T,H,W] -> float64 [T]: the share of a target's bounding box that the boxes of the others cover.

@@ -10,10 +10,8 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, make_folder, write_atomically
-from metrics import overlap_rate
+from metrics import SMALL, overlap_rate
 from readers.pictures import SPLITS
-
-SMALL = 0.05  # the paper's small objects: below 5 % of the image
 
 
 class Records(torch.utils.data.Dataset):
