@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Parser, run, seeded
+from common import InputError, Parser, number, positive_int, run, seeded
 from readers.demo import Demo
 from readers.kits19 import KiTS19
 from readers.kvasir import Kvasir
@@ -456,10 +456,10 @@ def add_data_flags(parser):
     add = parser.add_argument
     add("--dataset", help=", ".join(SOURCES))
     add("--data", help="folder of the data (default: data/<dataset>)")
-    add("--axes", help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
-    add("--overlap", type=float, help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
-    add("--contrast", type=float, help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
-    add("--size", type=float, help="demo: factor on the organs' size, up to 3 (default 1)")
+    add("--axes", choices=("xyz", "z"), help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
+    add("--overlap", type=number(0, 1), help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
+    add("--contrast", type=number(0, 10), help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
+    add("--size", type=number(high=3, above=0), help="demo: factor on the organs' size, up to 3 (default 1)")
     add("--attributes-file", help="a JSON file of texts in place of attributes.json")
     add("--texts", help="a JSON lines file of texts for single images or cases")
 
@@ -478,8 +478,8 @@ def main():
     add_data_flags(counting)
     counting.add_argument("--json", help="write every number to this file")
     counting.add_argument("--sheet", help="draw a contact sheet of images with their masks to this PNG")
-    counting.add_argument("--limit", type=int, help="only the first N images of each split")
-    counting.add_argument("--workers", type=int, default=1, help="processes that read")
+    counting.add_argument("--limit", type=positive_int, help="only the first N images of each split")
+    counting.add_argument("--workers", type=number(0, kind=int), default=1, help="processes that read")
     preparing = commands.add_parser("prepare", help="the challenge's NIfTI volumes to the slices that we read")
     preparing.add_argument("dataset", help="synapse or kits19")
     preparing.add_argument("raw", help="the folder of the challenge's files")
