@@ -4,10 +4,14 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import json
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +31,29 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is an InputError, so that a script prints one line instead of its whole usage."""
 
     def error(self, message):
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)  # "argument --n: 0: give more" -> "--n 0: give more"
         raise InputError(message + "; --help lists the flags")
+
+
+def number(low=-math.inf, high=math.inf, kind=float, above=-math.inf):
+    """For argparse's `type=`: a function text -> float (or int, with kind) within low..high and above `above`; its error
+    says which numbers it takes."""
+    bounds = [f"above {above}"] if above > -math.inf else [f"at least {low}"] if low > -math.inf else []
+    bounds += [f"at most {high}"] if high < math.inf else []
+    takes = ("a whole number" if kind is int else "a number") + (f", {' and '.join(bounds)}" if bounds else "")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            raise argparse.ArgumentTypeError(f"{text}: give {takes}")
+        return value
+    return parse
+
+
+positive_int = number(1, kind=int)
 
 
 def keep_freed_memory():
@@ -72,6 +98,19 @@ def read_text(path):
         raise InputError(f"{path}: cannot be read as text ({e}); check the path and write it as UTF-8") from None
 
 
+def read_json(path, remedy="correct it"):
+    """What a JSON file holds; InputError with the remedy where it is none."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{path}: damaged or not JSON ({e}); {remedy}") from None
+
+
+def visible(folder, pattern="*"):
+    """The paths in a folder, sorted by name, but hidden ones: macOS leaves a ._NAME beside every NAME that it copies."""
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
 def make_folder(folder):
     """Makes a folder for results; InputError now, not after an hour of work, if nothing can be written there."""
     try:
@@ -103,13 +142,19 @@ def write_atomically(path, content):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Waits until no other process holds PATH's lock; where locks are not supported, does not wait."""
+def locked(path, wait=True):
+    """Holds PATH's lock and yields True; without `wait` yields False where another process holds it. Where locks are not
+    supported (Windows, some network disks) it yields True at once."""
     with open(path, "w") as file:
-        with contextlib.suppress(ImportError, OSError):
+        ours = True
+        try:
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            ours = False
+        except (ImportError, OSError):
+            pass
+        yield ours
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,27 +221,6 @@ def total(*values):
     sums = torch.tensor(values, dtype=torch.float64)  # on the CPU: a GPU need not wait for them
     dist.all_reduce(sums)
     return sums.tolist()
-
-
-def number(low, high, kind=float):
-    """For argparse's type=: a number from low to high, or an error that says so."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: give {'a whole number' if kind is int else 'a number'} "
-                                             f"from {low} to {high}")
-        return value
-    return parse
-
-
-def positive_int(text):
-    """For argparse's type=."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
-    return int(text)
 
 
 def add_model_flags(parser):

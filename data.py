@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Parser, run, seeded
+from common import InputError, Parser, number, positive_int, run, seeded
 from readers.demo import Demo
 from readers.kits19 import KiTS19
 from readers.kvasir import Kvasir
@@ -325,6 +325,14 @@ def add_structures(batch, sample):
     batch.known = torch.ones(1, len(names), dtype=torch.bool)
 
 
+def draw_pairs(concepts, classes, rng, most=16):
+    """For the contrastive loss: two random texts, one after the other, of each of up to `most` of the structures of
+    Texts.concepts(); those of the data set, `classes`, come first."""
+    names = [list(concepts)[i] for i in rng.permutation(len(concepts))]
+    names.sort(key=lambda name: name not in classes)  # keeps the random order within both
+    return [concepts[name](rng) for name in names[:most] for _ in range(2)]
+
+
 def join_structures(batches, structures):
     """Batches of one image each -> dense_masks and known of all of them, for the K `structures`."""
     half = batches[0].dense_masks.shape[-2:]
@@ -413,7 +421,8 @@ class Batches(torch.utils.data.Dataset):
         self.batch_size, self.accumulate, self.jitter = args.batch_size, args.accumulate, args.jitter
         self.prompt, self.points, self.rounds = args.prompt, args.points, args.rounds
         self.targets, self.absent = args.targets, args.absent
-        self.dense, self.contrast = args.align and args.dense_loss > 0, args.contrastive_loss > 0
+        self.dense = args.align and args.dense_loss > 0
+        self.concepts = texts.concepts() if args.contrastive_loss else {}
         self.per_step = self.batch_size * self.accumulate * world
         self.per_epoch, self.order = -(-len(dataset) // self.per_step), (None, None)
 
@@ -429,7 +438,7 @@ class Batches(torch.utils.data.Dataset):
         rng = lambda *what: seeded("words", self.seed, step, *what)  # the same for all ranks and parts of a step
         for part in parts:
             part.dense_texts = [self.texts(*structure, rng=rng(*structure)) for structure in part.structures]
-            part.contrast = self.texts.draw_pairs(rng()) if self.contrast else []
+            part.contrast = draw_pairs(self.concepts, self.dataset.classes, rng())
         return parts
 
     def rows(self, step):
@@ -500,10 +509,10 @@ def add_data_flags(parser):
     add = parser.add_argument
     add("--dataset", help=", ".join(SOURCES))
     add("--data", help="folder of the data (default: data/<dataset>)")
-    add("--axes", help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
-    add("--overlap", type=float, help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
-    add("--contrast", type=float, help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
-    add("--size", type=float, help="demo: factor on the organs' size, up to 3 (default 1)")
+    add("--axes", choices=("xyz", "z"), help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
+    add("--overlap", type=number(0, 1), help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
+    add("--contrast", type=number(0, 10), help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
+    add("--size", type=number(high=3, above=0), help="demo: factor on the organs' size, up to 3 (default 1)")
     add("--attributes-file", help="a JSON file of texts in place of attributes.json")
     add("--texts", help="a JSON lines file of texts for single images or cases")
 
@@ -522,8 +531,8 @@ def main():
     add_data_flags(counting)
     counting.add_argument("--json", help="write every number to this file")
     counting.add_argument("--sheet", help="draw a contact sheet of images with their masks to this PNG")
-    counting.add_argument("--limit", type=int, help="only the first N images of each split")
-    counting.add_argument("--workers", type=int, default=1, help="processes that read")
+    counting.add_argument("--limit", type=positive_int, help="only the first N images of each split")
+    counting.add_argument("--workers", type=number(0, kind=int), default=1, help="processes that read")
     preparing = commands.add_parser("prepare", help="the challenge's NIfTI volumes to the slices that we read")
     preparing.add_argument("dataset", help="synapse or kits19")
     preparing.add_argument("raw", help="the folder of the challenge's files")

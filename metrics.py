@@ -5,6 +5,7 @@ Masks are bool arrays of any dimension, prediction and truth on one grid. Distan
 `spacing`: the mm from one voxel to the next along each axis of the array, or one number for all axes.
 """
 import json
+import warnings
 from array import array
 from functools import lru_cache
 from pathlib import Path
@@ -38,22 +39,15 @@ def hd95(a, b, spacing=None):
 
     Others take the larger one of two percentiles, which is another number.
     """
-    distances = surface_distances(a, b, spacing)
-    return float(np.percentile(np.concatenate(distances), 95)) if distances else None
-
-
-def surface_distances(a, b, spacing=None):
-    """-> (float64 [n], float64 [m]): how far each border voxel of a is from the border of b, and of b from that of a,
-    both in the order of the array; None if a side is empty."""
     check_shapes(a, b)
     step = voxel_size(a, spacing)
     boxes = bounding_box(a), bounding_box(b)
     if None in boxes:
         return None
     box = union(*boxes)
-    shape = [side.stop - side.start for side in box]
-    p, q = border(a[box]), border(b[box])
-    return nearest(p, q, step, shape), nearest(q, p, step, shape)
+    p, q, shape = border(a[box]), border(b[box]), [side.stop - side.start for side in box]
+    distances = nearest(p, q, step, shape), nearest(q, p, step, shape)
+    return float(np.percentile(np.concatenate(distances), 95))
 
 
 def nearest(points, others, step, shape):
@@ -195,22 +189,12 @@ def label_boxes(labels, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many cases
 
-def bootstrap(values, seed=0, n=2000, level=0.95):
-    """Percentile bootstrap of the mean over cases -> (low, high), which `level` of n resampled means lie between.
-
-    None among the values is skipped; None for fewer than two cases, which say nothing about their spread. The same
-    values and seed give the same interval.
-    """
-    values = np.array([v for v in values if v is not None], float)[:, None]
-    return bootstrap_means(values, np.ones_like(values), seed, n, level)[0]
-
-
 def bootstrap_means(sums, counts, seed=0, n=2000, level=0.95):
-    """bootstrap() of K groups at once, whose cases are resampled together.
+    """Percentile bootstrap of the means of K groups over cases, which are resampled for all groups together.
 
     sums, counts [cases,K], dense or sparse: of the values that a case has in a group, and how many they are -> K + 1
-    intervals: of each group's mean over all its values, and of the mean over the groups. None for a group of fewer than
-    two cases.
+    intervals (low, high), between which `level` of n resampled means lie: of each group's mean over all its values, and
+    of the mean over the groups. None for a group of fewer than two cases, which say nothing about their spread.
     """
     cases, rng = sums.shape[0], np.random.default_rng(seed)
     if cases < 2:
@@ -224,30 +208,19 @@ def bootstrap_means(sums, counts, seed=0, n=2000, level=0.95):
         with np.errstate(invalid="ignore"):  # a group of which no case was drawn
             means[start:start + r] = (sums.T @ times / (counts.T @ times)).T
     several = np.asarray((counts > 0).sum(0)) > 1
-    groups = np.column_stack([means, nan_means(means)]) if sums.shape[1] else np.full((n, 1), np.nan)
-    edges = np.full((2, groups.shape[1]), np.nan)
-    known = np.append(several, several.any()) & ~np.isnan(groups).all(0)
-    edges[:, known] = np.nanquantile(groups[:, known], ((1 - level) / 2, (1 + level) / 2), axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # groups, and draws, without any value
+        groups = np.column_stack([means, np.nanmean(means, 1)]) if sums.shape[1] else np.full((n, 1), np.nan)
+        edges = np.nanquantile(groups, ((1 - level) / 2, (1 + level) / 2), axis=0)
+    known = np.append(several, several.any()) & ~np.isnan(edges[0])
     return [tuple(map(float, pair)) if k else None for pair, k in zip(edges.T, known)]
 
 
-def nan_means(rows):
-    """The mean of each row over what is not NaN; NaN for a row without."""
-    known = ~np.isnan(rows)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, rows, 0).sum(1) / known.sum(1)
-
-
-def bootstrap_difference(a, b, seed=0, n=2000, level=0.95):
-    """bootstrap() of the mean of a - b, of two methods over the same cases in the same order; a case counts if both
-    have a value."""
-    if len(a) != len(b):
-        raise InputError(f"{len(a)} cases against {len(b)}; a paired interval needs the same cases of both methods")
-    return bootstrap([x - y for x, y in zip(a, b) if x is not None and y is not None], seed, n, level)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# How crowded an image is
+# How small a target is, and how crowded its image
+
+SMALL = 0.05  # of the image's area: the paper's small objects
+
 
 def overlap_rate(masks, names=None):
     """Masks bool [T,H,W] -> float64 [T]: the share of a target's bounding box that the boxes of the others cover.
@@ -299,24 +272,24 @@ class Scores:
     def __getitem__(self, column):
         return np.array(self.numbers[column])
 
+    def at(self, i):
+        """Row i, as add() takes it."""
+        numbers = {column: values[i] for column, values in self.numbers.items()}
+        return self.row[i], self.case[i], self.name[i], self.modality[i], numbers
+
     def gather(self, parts):
         """Takes the rows of other Scores, in the order of the images."""
-        where = np.concatenate([np.array(p.row) for p in parts])
-        for i in np.argsort(where, kind="stable").tolist():
-            n = 0
-            while i >= len(parts[n]):
-                i, n = i - len(parts[n]), n + 1
-            part = parts[n]
-            self.add(part.row[i], part.case[i], part.name[i], part.modality[i],
-                     {column: values[i] for column, values in part.numbers.items()})
+        places = [(part, i) for part in parts for i in range(len(part))]
+        for n in np.argsort(np.concatenate([np.array(part.row) for part in parts]), kind="stable").tolist():
+            part, i = places[n]
+            self.add(*part.at(i))
 
     def where(self, keep):
         """The Scores of the rows i for which keep(i)."""
-        part = Scores()
+        kept = Scores()
         for i in filter(keep, range(len(self))):
-            part.add(self.row[i], self.case[i], self.name[i], self.modality[i],
-                     {column: values[i] for column, values in self.numbers.items()})
-        return part
+            kept.add(*self.at(i))
+        return kept
 
     def columns(self, key):
         """-> {column: list}, None for NaN; columns that are empty are left out."""

@@ -1,38 +1,51 @@
 """The clinical texts: of every class (attributes.json), of single images (--texts), and otherwise than they should be.
 
     texts = Texts("synapse")
-    texts("liver", "ct")  ->  {"position": "...", "texture": "...", "shape": "..."}
+    texts("liver", "ct")            ->  {"position": "...", "texture": "...", "shape": "..."}: the first wordings
+    texts("liver", "ct", rng=rng)   ->  random ones, as training draws them
+    texts.held_out("liver", "ct")   ->  wordings that training never draws
 """
 import json
+from functools import partial
 from pathlib import Path
 
-from common import ATTRIBUTES, InputError, read_text
+from common import ATTRIBUTES, InputError, read_json, read_text
 
 HERE = Path(__file__).resolve().parent
 FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
 TEXTS = ("own", "reworded", "wrong", "empty")
 
 
+def split_wordings(wordings):
+    """A list of wordings -> (those to train with, those held out: the last fifth of five or more)."""
+    trained = len(wordings) - len(wordings) // 5
+    return wordings[:trained], wordings[trained:]
+
+
+def drop_words(text, rng, share):
+    """The text without some of its words, each left out with probability `share`; one word always stays."""
+    words = text.split()
+    kept = [word for word, keep in zip(words, rng.random(len(words)) >= share) if keep]
+    return " ".join(kept or words[:1])
+
+
 class Texts:
     """The clinical texts of a data set's classes (attributes.json), and those of single images where a file has them.
 
-    texts("liver", "ct") -> {"position": str, "texture": str, "shape": str}: the first wordings, or those of another
-    number. With rng, random ones.
     An attribute is a list of wordings, or {modality: list} where the look depends on it. A string in place of a whole
     data set names the one whose texts it shares. InputError, with the entry to add, for whatever is missing.
     """
 
     def __init__(self, name, path=None, per_image=None):
         self.name, self.path = name, Path(path or HERE / "attributes.json")
-        try:
-            entries = json.loads(read_text(self.path))
-        except json.JSONDecodeError as e:
-            raise InputError(f"{self.path}: not JSON ({e}); correct it") from None
-        entry = entries.get(name) if isinstance(entries, dict) else None
+        entries = read_json(self.path)
+        entries = entries if isinstance(entries, dict) else {}
+        entry = entries.get(name)
         entry = entries.get(entry) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
             raise InputError(f'{self.path}: no texts for data set {name}; add "{name}": {{"<class>": {FORM}, ...}}')
         self.classes = entry
+        self.described = [other for other, value in entries.items() if isinstance(value, dict)]  # not by another's texts
         self.images = read_image_texts(per_image) if per_image else {}
 
     def check(self, pairs):
@@ -53,38 +66,37 @@ class Texts:
                 raise InputError(f'{self.path}: {where}: nothing for {modality}, only for {", ".join(texts)}; add '
                                  f'"{modality}": ["..."]')
             texts, where = texts[modality], f"{where}, {modality}"
-        if not (isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts)):
+        if not are_texts(texts):
             raise InputError(f'{self.path}: {where}: empty or blank; give "{kind}": ["..."], a list of texts')
         return texts
 
     def own(self, target, sample):
-        """The texts of this very image, or of its case."""
+        """The texts of this very image, or of its case; {} where there are none, or no sample."""
+        if sample is None:
+            return {}
         return self.images.get((sample.key, target)) or self.images.get((sample.case, target)) or {}
 
+    def choose(self, target, modality, sample, choice):
+        """{attribute: choice(its wordings)}; those of the sample itself come before those of the class."""
+        own = self.own(target, sample)
+        return {kind: choice(own.get(kind) or self.wordings(target, modality, kind)) for kind in ATTRIBUTES}
+
     def __call__(self, target, modality, sample=None, rng=None, number=0):
-        own = self.own(target, sample) if sample is not None else {}
-        draw = lambda texts: texts[number % len(texts) if rng is None else rng.integers(len(texts))]
-        return {kind: draw(own.get(kind) or self.wordings(target, modality, kind)) for kind in ATTRIBUTES}
+        """{attribute: text}: each in the wording of this number, or with rng in a random one of those to train with."""
+        if rng is None:
+            return self.choose(target, modality, sample, lambda wordings: wordings[number % len(wordings)])
 
-    @property
-    def has_held_out(self):
-        return True
+        def draw(wordings):
+            trained, _ = split_wordings(wordings)
+            return trained[rng.integers(len(trained))]
+        return self.choose(target, modality, sample, draw)
 
-    def held_out(self, target, modality, k=0):
-        return self(target, modality, number=-1 - k)
-
-    def draw_pairs(self, rng, most=16):
-        """Two random triples of texts, one after the other, of each of up to `most` structures -> a list of dicts."""
-        names = list(self.classes)
-        names = [names[i] for i in rng.permutation(len(names))[:most]]
-        def draw(name):
-            out = {}
-            for kind in ATTRIBUTES:
-                w = self.classes[name][kind]
-                w = w if isinstance(w, list) else w[list(w)[rng.integers(len(w))]]
-                out[kind] = w[rng.integers(len(w))]
-            return out
-        return [draw(name) for name in names for _ in range(2)]
+    def held_out(self, target, modality, k=0, sample=None):
+        """{attribute: text}: each in its k-th wording of those held out; of a list too short for that, in its second."""
+        def pick(wordings):
+            held = split_wordings(wordings)[1] or wordings[1:2] or wordings
+            return held[k % len(held)]
+        return self.choose(target, modality, sample, pick)
 
     def all(self, sample):
         """The name and every wording of every class that the sample may be asked for."""
@@ -94,12 +106,43 @@ class Texts:
             for kind in ATTRIBUTES:
                 yield from own.get(kind) or self.wordings(target, sample.modality, kind)
 
+    def modalities(self, target):
+        """The modalities that a class has texts for; [None] where nothing depends on it."""
+        known = self.classes[target] if isinstance(self.classes[target], dict) else {}
+        known = [texts for texts in known.values() if isinstance(texts, dict)]
+        return [m for m in known[0] if all(m in texts for texts in known)] if known else [None]
+
+    def concepts(self):
+        """Every structure that the file has texts of, for any data set -> {class name: draw}, where draw(rng) is
+        {attribute: text} in wordings to train with.
+
+        What several data sets or modalities say of a name is said of one structure, and not to be told apart: each draw
+        takes one of them. InputError for whatever is wrong with any data set's texts.
+        """
+        found = {}
+        for name in self.described:
+            texts = Texts(name, self.path)
+            for target in texts.classes:
+                for modality in texts.modalities(target):
+                    texts.check([(target, modality)])
+                    found.setdefault(target, []).append(partial(texts, target, modality))
+        return {name: partial(draw_any, sources) for name, sources in found.items()}
+
+
+def draw_any(sources, rng):
+    """The texts of one of several sources, functions of rng."""
+    return sources[rng.integers(len(sources))](rng=rng)
+
+
+def are_texts(value):
+    return isinstance(value, list) and value and all(isinstance(t, str) and t.strip() for t in value)
+
 
 def read_image_texts(path):
     """JSON lines {"image": key or case, "target": class, "position": text or [texts], "texture": ..., "shape": ...},
     where attributes may be left out -> {(image, target): {attribute: [texts]}}."""
     found = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -114,7 +157,7 @@ def read_image_texts(path):
         if not all(isinstance(part, str) for part in name):
             raise InputError(f"{where}: image and target should be texts; correct the line")
         for kind, value in texts.items():
-            if not (isinstance(value, list) and value and all(isinstance(t, str) and t.strip() for t in value)):
+            if not are_texts(value):
                 raise InputError(f"{where}: {kind} is empty or not text; write it, or leave {kind} out")
         if name in found:
             raise InputError(f"{where}: {name[1]} of {name[0]} for the second time; keep one of the lines")
@@ -125,8 +168,8 @@ def read_image_texts(path):
 class Rephrased:
     """The texts of a data set, otherwise than they should be: how much does the model listen?
 
-    reworded: the second wording of each; wrong: those of the next class of the data set that has texts for the
-    modality; empty: none at all.
+    reworded: in wordings that training never drew, see Texts.held_out; wrong: those of the next class of the data set
+    that has texts for the modality; empty: none at all.
     """
 
     def __init__(self, texts, how, pairs):
@@ -134,8 +177,8 @@ class Rephrased:
             raise InputError(f"--text {how}: choose from {', '.join(TEXTS)}")
         self.texts, self.how, self.known = texts, how, {}
         for name, modality in pairs:
-            self.known.setdefault(modality, []).append(name)
-        if how == "wrong" and any(len(set(names)) < 2 for names in self.known.values()):
+            self.known.setdefault(modality, {})[name] = None
+        if how == "wrong" and any(len(names) < 2 for names in self.known.values()):
             raise InputError("--text wrong: there is a modality with a single class, so no other text; choose "
                              "reworded or empty")
 
@@ -143,16 +186,6 @@ class Rephrased:
         if self.how == "empty":
             return dict.fromkeys(ATTRIBUTES, "")
         if self.how == "wrong":
-            names = list(dict.fromkeys(self.known[modality]))
+            names = list(self.known[modality])
             return self.texts(names[(names.index(name) + 1) % len(names)], modality)
-        return self.texts(name, modality, sample, number=self.how == "reworded")
-
-
-class HeldOut:
-    """The texts of a data set in wordings that training never sees."""
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def __call__(self, name, modality, sample=None):
-        return self.texts.held_out(name, modality)
+        return (self.texts.held_out if self.how == "reworded" else self.texts)(name, modality, sample=sample)

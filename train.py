@@ -32,7 +32,7 @@ from inference import Predictor, autocast, predict
 from losses import PARTS, Objective
 from medsegr import BRANCHES, Config, MedSegR
 from runs import Log, begin, check_disk, fingerprint, init_from, memory_mb, save_checkpoint, save_run, save_training
-from texts import HeldOut, Texts
+from texts import Rephrased, Texts
 
 PATIENCE = 20  # steps in a row without a finite gradient end a run
 WINDOW = ("loss", *PARTS)  # what the log has the means of
@@ -242,10 +242,10 @@ def write_row(r, step, rate, bar):
 
 def validate(r):
     """-> what the log says of the model now, equal on all ranks: val_dice with the first wordings, val_dice_held with
-    held-out ones where there are any, and how far apart the priors of the classes are."""
+    held-out ones, and how far apart the priors of the classes are."""
     found = dict(val_dice=pooled_dice(r, r.texts))
-    if r.model.cognitive and r.texts.has_held_out:
-        found["val_dice_held"] = pooled_dice(r, HeldOut(r.texts))
+    if r.model.cognitive:
+        found["val_dice_held"] = pooled_dice(r, Rephrased(r.texts, "reworded", r.val_set.source.pairs))
     return found | spread_of_priors(r)
 
 

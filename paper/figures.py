@@ -6,19 +6,17 @@
 
 An evaluation is LABEL=FILE, as in tables.py; figures 7 to 9 are drawn by eval.py --plots.
 """
-import json
-from pathlib import Path
+from itertools import cycle
 
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
+from scipy.stats import linregress
 
-from common import InputError, Parser, make_folder, read_text, run
-from paper.tables import (NUMBERS, add_command, average, by_modality, markdown, note, percent, read_evaluations,
-                          targets_of)
+from common import InputError, read_json, run
+from metrics import SMALL
+from paper.tables import NUMBERS, average, by_modality, markdown, note, parse, percent, targets_of
 from plots import COLOURS, plt
-
-SMALL = 0.05  # of the image's area: the paper's small objects
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing. Methods differ by marker, line and hatch as well as by colour
@@ -29,39 +27,47 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
 
 def overlap_and_small(rows, path):
-    """Figure 3. rows: (prompt, {method: (overlap rates [n], Dice [n])}, {method: {modality: (Dice, n)}})."""
+    """Figure 3. rows: (prompt, {method: (overlap rates [n], Dice [n], line_through() them)},
+    {method: {modality: (Dice, n)}})."""
     figure = plt.figure(figsize=(11, 4.6 * len(rows)))
     for at, (prompt, lines, spokes) in enumerate(rows):
-        axis = figure.add_subplot(len(rows), 2, 2 * at + 1)
-        for style, (label, (x, y)) in zip(STYLES, lines.items()):
-            fit, edges = pearson(x, y), np.linspace(0, 1, 11)
-            bins = np.clip(np.digitize(x, edges) - 1, 0, 9)
-            means = [(x[bins == b].mean(), y[bins == b].mean()) for b in range(10) if (bins == b).any()]
-            axis.plot(*zip(*means), linestyle="", marker=style["marker"], color=style["color"], markersize=5)
-            if fit:
-                r, slope, start = fit
-                ends = np.array([x.min(), x.max()])
-                axis.plot(ends, start + slope * ends, linestyle=style["linestyle"], color=style["color"], linewidth=1.5)
-                label = f"{label}: r = {r:.2f}, slope {slope:.2f}"
-            axis.plot([], [], **style, label=label)
-        axis.set(xlabel="overlap rate (share of the box that boxes of other classes cover)", ylabel="Dice", ylim=(0, 1),
-                 xlim=(-0.02, 1.02), title=f"prompt {prompt}: {len(x)} targets; markers: means of tenths")
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
-        axis.spines[["top", "right"]].set_visible(False)
-        names = [m for m in next(iter(spokes.values())) if any(s[m][1] for s in spokes.values())]
-        axis = figure.add_subplot(len(rows), 2, 2 * at + 2, projection="polar")
-        turn = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-        for style, (label, dice) in zip(STYLES, spokes.items()):
-            values = [dice[m][0] for m in names]
-            axis.plot([*turn, turn[0]], [*values, values[0]], **style, label=label, markersize=4, linewidth=1.4)
-        counts = next(iter(spokes.values()))
-        axis.set_xticks(turn, [f"{m}\n(n = {counts[m][1]})" for m in names], fontsize=8)
-        axis.tick_params(axis="x", pad=12)
-        axis.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
-        axis.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=7, color="#555555")
-        axis.set_title(f"prompt {prompt}: Dice of small objects (below 5 % of the image)", fontsize=10, pad=22)
-        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.45, 1.0))
+        draw_overlap(figure.add_subplot(len(rows), 2, 2 * at + 1), prompt, lines)
+        draw_small(figure.add_subplot(len(rows), 2, 2 * at + 2, projection="polar"), prompt, spokes)
     save(figure, path)
+
+
+def draw_overlap(axis, prompt, lines):
+    """Dice over the overlap rate: the line, and a marker for the mean of each tenth of the rates."""
+    for style, (label, (x, y, line)) in zip(cycle(STYLES), lines.items()):
+        bins = np.clip((10 * x).astype(int), 0, 9)
+        means = [(x[bins == b].mean(), y[bins == b].mean()) for b in np.unique(bins)]
+        axis.plot(*zip(*means), linestyle="", marker=style["marker"], color=style["color"], markersize=5)
+        if line:
+            ends = np.array([x.min(), x.max()])
+            axis.plot(ends, line.intercept + line.slope * ends, linestyle=style["linestyle"], color=style["color"],
+                      linewidth=1.5)
+            label = f"{label}: r = {line.rvalue:.2f}, slope {line.slope:.2f}"
+        axis.plot([], [], **style, label=label)
+    axis.set(xlabel="overlap rate (share of the box that boxes of other classes cover)", ylabel="Dice", ylim=(0, 1),
+             xlim=(-0.02, 1.02), title=f"prompt {prompt}: {len(x)} targets; markers: means of tenths")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_small(axis, prompt, spokes):
+    """Dice of small objects, a spoke for each modality that has some."""
+    counts = next(iter(spokes.values()))
+    names = [m for m in counts if any(s[m][1] for s in spokes.values())]
+    turn = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    for style, (label, dice) in zip(cycle(STYLES), spokes.items()):
+        values = [dice[m][0] for m in names]
+        axis.plot([*turn, *turn[:1]], [*values, *values[:1]], **style, label=label, markersize=4, linewidth=1.4)
+    axis.set_xticks(turn, [f"{m}\n(n = {counts[m][1]})" for m in names], fontsize=8)
+    axis.tick_params(axis="x", pad=12)
+    axis.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
+    axis.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=7, color="#555555")
+    axis.set_title(f"prompt {prompt}: Dice of small objects (below 5 % of the image)", fontsize=10, pad=22)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.45, 1.0))
 
 
 def box_plots(boxes, path, title):
@@ -92,20 +98,18 @@ def box_plots(boxes, path, title):
 
 def fractions_and_points(fractions, points, path):
     """Figure 6. fractions: {"1/16": [Dice of each seed]}; points: {method: {number of points: Dice}}."""
-    figure, axes = plt.subplots(1, bool(fractions) + bool(points), figsize=(4.8 * (bool(fractions) + bool(points)), 3.8),
-                                squeeze=False)
-    axes = list(axes[0])
+    panels = bool(fractions) + bool(points)
+    figure, axes = plt.subplots(1, panels, figsize=(4.8 * panels, 3.8), squeeze=False)
     if fractions:
-        axis, at = axes.pop(0), np.arange(len(fractions))
-        means, spread = [np.mean(v) for v in fractions.values()], [np.std(v, ddof=1) if len(v) > 1 else 0
-                                                                    for v in fractions.values()]
-        axis.errorbar(at, means, spread, capsize=4, **STYLES[0])
+        axis, at = axes[0, 0], np.arange(len(fractions))
+        spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in fractions.values()]
+        axis.errorbar(at, [np.mean(v) for v in fractions.values()], spread, capsize=4, **STYLES[0])
         axis.set_xticks(at, [f"{name}\n(n = {len(v)})" for name, v in fractions.items()])
         axis.set(xlabel="share of the training data (n: seeds; bars: ± sd)", ylabel="mean Dice (strict)", ylim=(0, None))
     if points:
-        axis = axes.pop(0)
-        for style, (label, line) in zip(STYLES, points.items()):
-            axis.plot(sorted(line), [line[n] for n in sorted(line)], **style, label=label)
+        axis = axes[0, -1]
+        for style, (label, line) in zip(cycle(STYLES), points.items()):
+            axis.plot(*zip(*sorted(line.items())), **style, label=label)
         axis.set(xlabel="points per target", ylabel="mean Dice (strict)", ylim=(0, 1),
                  xticks=sorted({n for line in points.values() for n in line}))
         axis.legend(frameon=False, fontsize=8)
@@ -120,16 +124,9 @@ def save(figure, path):
     plt.close(figure)
 
 
-def pearson(x, y):
-    """-> (r, slope, intercept) of the line through the points by least squares; r is 0 if y is constant. None for
-    fewer than three points, or a constant x."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 3 or x.min() == x.max():
-        return None
-    dx, dy = x - x.mean(), y - y.mean()
-    slope = (dx @ dy) / (dx @ dx)
-    r = 0.0 if y.min() == y.max() else (dx @ dy) / np.sqrt((dx @ dx) * (dy @ dy))
-    return float(r), float(slope), float(y.mean() - slope * x.mean())
+def line_through(x, y):
+    """scipy's line by least squares, with slope, intercept and rvalue; None for fewer than three points, or one x."""
+    return linregress(x, y) if len(x) > 2 and x.min() < x.max() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +148,8 @@ def figure3(evaluations, path):
         for label, e in evaluations:
             if e["prompt"] == prompt:
                 crowd = targets_of(e, several)
-                lines[label] = crowd["overlap"], crowd["dice_strict"]
+                x, y = crowd["overlap"], crowd["dice_strict"]
+                lines[label] = x, y, line_through(x, y)
                 spokes[label] = by_modality(e, lambda columns: columns["area"] < SMALL)
         if lines:
             rows.append((prompt, lines, spokes))
@@ -160,9 +158,8 @@ def figure3(evaluations, path):
     overlap_and_small(rows, path)
     heads, body = ["prompt", "r", "slope", "targets", "small: average Dice", "small objects"], []
     for prompt, lines, spokes in rows:
-        for label, (x, y) in lines.items():
-            fit = pearson(x, y)
-            body.append([f"{label}, {prompt}", *(["-", "-"] if fit is None else [f"{fit[0]:.2f}", f"{fit[1]:.2f}"]),
+        for label, (x, _, line) in lines.items():
+            body.append([f"{label}, {prompt}", *([f"{line.rvalue:.2f}", f"{line.slope:.2f}"] if line else "--"),
                          str(len(x)), percent(average(spokes[label])), str(sum(n for _, n in spokes[label].values()))])
         for name, (r, slope) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
             small = NUMBERS["figure3"]["small"][prompt].get(name)
@@ -194,21 +191,20 @@ def figure6(evaluations, path, tables):
     """Left: Dice over the share of the training data; right: over the number of points."""
     fractions, points = {}, {}
     if tables:
-        try:
-            rows = json.loads(read_text(tables))["figure6"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{tables}: holds no figure6; make it with: python eval.py --tables figure6") from None
-        fractions = {row: values for row, values in rows.items() if values}
+        remedy = "holds no figure6; make it with: python eval.py --tables figure6"
+        rows = read_json(tables, remedy)
+        if not isinstance(rows, dict) or "figure6" not in rows:
+            raise InputError(f"{tables}: {remedy}")
+        fractions = {row: values for row, values in rows["figure6"].items() if values}
     for label, e in evaluations:
         if e["prompt"] == "point":
             points.setdefault(label, {})[e["points"]] = e["table"]["mean"]["dice_strict"]
     if not fractions and not points:
         raise InputError("nothing to draw: give evaluations with --prompt point, or --tables FILE")
     fractions_and_points(fractions, points, path)
-    paper = NUMBERS["figure6"]
+    paper = NUMBERS["figure6"]["fraction"]
     rows = [[f"{row} of the training data", percent(np.mean(v)), f"± {100 * np.std(v, ddof=1):.2f}, {len(v)} seeds"
-             if len(v) > 1 else "one seed", f"{paper['fraction'][row]:.2f}" if row in paper["fraction"] else "-"]
-            for row, v in fractions.items()]
+             if len(v) > 1 else "one seed", f"{paper[row]:.2f}" if row in paper else "-"] for row, v in fractions.items()]
     rows += [[f"{label}, {n} point{'s' * (n > 1)}", percent(v), "", "-"] for label, line in points.items()
              for n, v in sorted(line.items())]
     return markdown(["", "Dice", "", "paper*"], rows) + note(False)
@@ -217,20 +213,11 @@ def figure6(evaluations, path, tables):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function in (figure3, figure4):
-        add_command(commands, function, "+", "a PNG")
-    add_command(commands, figure6, "*", "a PNG").add_argument(
-        "--tables", help="the tables.json that eval.py --tables figure6 wrote")
-    args = parser.parse_args()
-    evaluations = read_evaluations(args.evaluations)
-    if args.out:
-        make_folder(Path(args.out).parent)
+    args = parse(__doc__, (figure3, figure4, figure6), "a PNG (default: the figure's name)",
+                 {"figure6": {"--tables": "the tables.json that eval.py --tables figure6 wrote"}})
     path = args.out or f"{args.command}.png"
-    more = (args.tables,) if args.command == "figure6" else ()
-    text = dict(figure3=figure3, figure4=figure4, figure6=figure6)[args.command](evaluations, path, *more)
-    print(text + f"\nwrote {path}")
+    more = (args.tables,) if args.function is figure6 else ()
+    print(args.function(args.evaluations, path, *more) + f"\nwrote {path}")
 
 
 if __name__ == "__main__":

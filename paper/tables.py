@@ -7,33 +7,30 @@
 An evaluation is LABEL=FILE, a file that eval.py --json wrote; one label may have several prompts or numbers of points.
 Tables 3 to 6 are trained by eval.py --tables (ablations.py), table 7 is measured by bench.py speed.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, Parser, make_folder, read_text, run, write_atomically
+from common import InputError, Parser, make_folder, read_json, run, write_atomically
 from readers.synapse import TEST_CASES
 
-NUMBERS = json.loads((Path(__file__).parent / "paper.json").read_text(encoding="utf-8"))
+NUMBERS = read_json(Path(__file__).parent / "paper.json")
 MODALITIES = NUMBERS["table1"]["columns"][:-1]
 SA_MED2D_IMAGES = 900_000  # a fifth of SA-Med2D-20M, the paper's test images
 
 
-def read_evaluations(named):
+def read_evaluations(items):
     """["LABEL=FILE"] -> [(label, what eval.py wrote)]."""
-    found = []
-    for item in named:
+    found, remedy = [], "not written by eval.py --json, or by an older one; evaluate again"
+    for item in items:
         label, _, path = item.partition("=")
         if not path:
             raise InputError(f"{item}: give LABEL=FILE, a file that eval.py --json wrote")
+        evaluation = read_json(path, remedy)
         try:
-            evaluation = json.loads(read_text(path))
             evaluation["table"]["mean"], evaluation["targets"]["image"], evaluation["prompt"]
-        except (ValueError, KeyError, TypeError) as e:
-            if isinstance(e, InputError):
-                raise
-            raise InputError(f"{path}: not written by eval.py --json, or by an older one; evaluate again") from None
+        except (KeyError, TypeError):
+            raise InputError(f"{path}: {remedy}") from None
         found.append((label, evaluation))
     return found
 
@@ -72,6 +69,22 @@ def average(dice):
     return float(np.mean(known)) if known else np.nan
 
 
+def beside_the_papers(head, rows, same, papers, label, ours):
+    """Markdown of our rows, the paper's, {method: numbers as printed}, and what `ours`, the numbers of `label`, differ by
+    from its MedSeg-R. same: on the same data, so that they compare."""
+    star = "" if same else "*"
+    rows = rows + [[f"paper: {name}{star}", *(f"{v:.2f}" for v in values)] for name, values in papers.items()]
+    if papers:
+        pairs = zip(ours, papers["MedSeg-R"])
+        rows.append([f"{label} − paper's MedSeg-R{star}",
+                     *("-" if v is None or np.isnan(v) else f"{v - w:+.2f}" for v, w in pairs)])
+    return markdown(["", *head], rows) + note(same)
+
+
+def note(same):
+    return "" if same else "\n\\* on other data: no comparison of methods\n"
+
+
 def table1(evaluations):
     """Dice per modality and their average, for points and boxes."""
     text = ""
@@ -81,75 +94,68 @@ def table1(evaluations):
             continue
         same = all(e["dataset"] == "sa-med2d" and e["images"] >= SA_MED2D_IMAGES for *_, e in ours)
         rows = [[label, *(percent(v) for v, _ in dice.values()), percent(average(dice))] for label, dice, _ in ours]
-        counts = ours[0][1]
-        rows.append(["*masks*", *(str(n) for _, n in counts.values()), str(sum(n for _, n in counts.values()))])
-        theirs = NUMBERS["table1"].get(prompt, {})
-        star = "" if same else "*"
-        rows += [[f"paper: {name}{star}", *(f"{v:.2f}" for v in values)] for name, values in theirs.items()]
-        if theirs:
-            label, dice, _ = ours[0]
-            paper = dict(zip(NUMBERS["table1"]["columns"], theirs["MedSeg-R"]))
-            difference = [100 * v - paper[m] for m, (v, _) in dice.items()] + [100 * average(dice) - paper["average"]]
-            rows.append([f"{label} − paper's MedSeg-R{star}",
-                         *("-" if np.isnan(d) else f"{d:+.2f}" for d in difference)])
-        text += (f"**Table 1, prompt {prompt}**: Dice in percent, mean over the masks of {ours[0][2]['dataset']}, "
-                 f"{ours[0][2]['split']} ({ours[0][2]['images']} images)\n\n"
-                 + markdown(["", *MODALITIES, "average"], rows) + note(same) + "\n")
+        label, dice, first = ours[0]
+        counts = [n for _, n in dice.values()]
+        rows.append(["*masks*", *map(str, counts), str(sum(counts))])
+        text += (f"**Table 1, prompt {prompt}**: Dice in percent, mean over the masks of {first['dataset']}, "
+                 f"{first['split']} ({first['images']} images)\n\n"
+                 + beside_the_papers([*MODALITIES, "average"], rows, same, NUMBERS["table1"].get(prompt, {}), label,
+                                     [*(100 * v for v, _ in dice.values()), 100 * average(dice)]) + "\n")
     return text or "no evaluation with a prompt among the files\n"
-
-
-def note(same):
-    return "" if same else "\n\\* on other data: no comparison of methods\n"
 
 
 def table2(evaluations):
     """Dice of the eight organs, their mean, HD95 in voxels."""
-    organs = NUMBERS["table2"]["columns"][:-2]
-    rows, same = [], True
+    if not evaluations:
+        raise InputError("no evaluation to show; give LABEL=FILE, a file that eval.py --json wrote")
+    columns, rows, same = NUMBERS["table2"]["columns"][:-1], [], True
     for label, e in evaluations:
         if e["dataset"] not in ("synapse", "demo"):
             raise InputError(f"{label}: of {e['dataset']}, but table 2 is of Synapse's organs")
         same &= e["dataset"] == "synapse" and {c[4:] for c in e["volumes"]["case"]} == set(TEST_CASES)
-        table = e["table"]
         for convention, suffix in (("", ""), (", strict", "_strict")):
-            values = [table.get(c, {}).get(f"dice{suffix}") for c in (*organs, "mean")]
-            rows.append([f"{label}, prompt {e['prompt']}{convention}", *(percent(v) for v in values),
-                         "-" if table["mean"][f"hd95{suffix}"] is None else f"{table['mean'][f'hd95{suffix}']:.2f}"])
-    star = "" if same else "*"
-    theirs = NUMBERS["table2"]["rows"]
-    rows += [[f"paper: {name}{star}", *(f"{v:.2f}" for v in values)] for name, values in theirs.items()]
-    first = evaluations[0][1]["table"]
-    ours = [first.get(c, {}).get("dice") for c in (*organs, "mean")]
-    difference = [None if v is None else 100 * v - w for v, w in zip(ours, theirs["MedSeg-R"])]
-    hd95 = first["mean"]["hd95"]
-    difference.append(None if hd95 is None else hd95 - theirs["MedSeg-R"][-1])
-    rows.append([f"{evaluations[0][0]} − paper's MedSeg-R{star}", *("-" if d is None else f"{d:+.2f}" for d in difference)])
-    cases = len(set((evaluations[0][1]["volumes"] or evaluations[0][1]["targets"])["case"]))
+            values, hd95 = organs_of(e, columns, suffix)
+            rows.append([f"{label}, prompt {e['prompt']}{convention}", *map(percent, values),
+                         "-" if hd95 is None else f"{hd95:.2f}"])
+    label, first = evaluations[0]
+    values, hd95 = organs_of(first, columns, "")
+    cases = len(set((first["volumes"] or first["targets"])["case"]))
     return (f"**Table 2**: Dice in percent, HD95 in voxels, means over {cases} volumes; TransUNet's convention and the "
-            "strict one\n\n" + markdown(["", *organs, "mean", "HD95"], rows) + note(same)
+            "strict one\n\n" + beside_the_papers([*columns, "HD95"], rows, same, NUMBERS["table2"]["rows"], label, [
+                *(None if v is None else 100 * v for v in values), hd95])
             + f"\nThe paper: {NUMBERS['table2']['note']}.\n")
+
+
+def organs_of(evaluation, columns, suffix):
+    """-> (Dice of each of the columns, or None; mean HD95), by the convention with this suffix."""
+    table = evaluation["table"]
+    return [table.get(c, {}).get(f"dice{suffix}") for c in columns], table["mean"][f"hd95{suffix}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def add_command(commands, function, nargs, out):
-    """The subcommand that calls `function`."""
-    command = commands.add_parser(function.__name__, help=function.__doc__)
-    command.add_argument("evaluations", nargs=nargs, metavar="LABEL=FILE")
-    command.add_argument("--out", help=out)
-    return command
+def parse(doc, functions, out, flags={}):
+    """The command line: a subcommand for each of the functions, with more flags {its name: {flag: help}} -> args, among
+    them `function` and the evaluations, read."""
+    parser = Parser(description=doc.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in functions:
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(function=function)
+        command.add_argument("evaluations", nargs="*", metavar="LABEL=FILE")
+        command.add_argument("--out", help=out)
+        for flag, meaning in flags.get(function.__name__, {}).items():
+            command.add_argument(flag, help=meaning)
+    args = parser.parse_args()
+    args.evaluations = read_evaluations(args.evaluations)
+    if args.out:
+        make_folder(Path(args.out).parent)
+    return args
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function in (table1, table2):
-        add_command(commands, function, "+", "a markdown file")
-    args = parser.parse_args()
-    evaluations = read_evaluations(args.evaluations)
-    if args.out:
-        make_folder(Path(args.out).parent)
-    text = dict(table1=table1, table2=table2)[args.command](evaluations)
+    args = parse(__doc__, (table1, table2), "a markdown file")
+    text = args.function(args.evaluations)
     if args.out:
         write_atomically(args.out, text.encode())
     print(text)

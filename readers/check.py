@@ -10,10 +10,8 @@ import torch
 from tqdm import tqdm
 
 from common import InputError, make_folder, write_atomically
-from metrics import overlap_rate
+from metrics import SMALL, overlap_rate
 from readers.pictures import SPLITS
-
-SMALL = 0.05  # the paper's small objects: below 5 % of the image
 
 
 class Records(torch.utils.data.Dataset):
@@ -28,7 +26,6 @@ class Records(torch.utils.data.Dataset):
     def __getitem__(self, i):
         source, row = self.dataset.source, self.dataset.row(i)
         record = dict(key=source.key(row), case=source.case(row), wrong=[], targets=[])
-        picture = None
         # strict: also what the reader would pass over in training
         for options in ({"strict": True}, {}) if source.name == "sa-med2d" else ({},):
             try:
@@ -36,7 +33,7 @@ class Records(torch.utils.data.Dataset):
                 break
             except InputError as e:
                 record["wrong"].append(str(e))
-        if picture is None:
+        else:
             return record
         record |= dict(modality=picture.modality, size=tuple(picture.image.shape[:2]))
         pixels = np.ascontiguousarray(picture.image)
@@ -117,11 +114,6 @@ def check_texts(texts, source):
     return wrong
 
 
-def tile(sample):
-    """-> (key, image, masks) for the contact sheet."""
-    return sample.key, sample.image, list(zip(sample.targets, sample.masks))
-
-
 def stats(args, open_split, open_texts):
     """`data.py stats`: prints the tables and what is wrong -> 0, or 1 if anything is.
 
@@ -144,7 +136,7 @@ def stats(args, open_split, open_texts):
         splits[split], found, rows = count(bar, split, seen)
         wrong += found
         if args.sheet and not tiles:
-            tiles = [tile(dataset[i]) for i in rows]
+            tiles = [(s.key, s.image, list(zip(s.targets, s.masks))) for s in map(dataset.__getitem__, rows)]
     wrong = list(dict.fromkeys(wrong))
     if not splits:
         raise InputError(wrong[0])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import InputError, Parser, run, seeded, whole
+from common import Parser, number, run, seeded, whole
 from readers.pictures import from_labels
 from readers.synapse import ORGANS
 
@@ -16,17 +16,14 @@ class Demo:
     """Drawn abdominal CT slices on a 256 x 256 grid; image i of a split depends on (seed, split, i) and knobs.
 
     overlap: 0..1, pulls the organs towards each other, the front one wins. contrast: factor on the difference between
-    organs and what lies behind them. size: factor on the organs' size. n: images (train 160, val 16, test 32).
+    organs and what lies behind them, 0..10. size: factor on the organs' size, 0..3. n: images (train 160, val 16,
+    test 32).
     Spleen, liver, kidneys, bowel and vessels overlap in brightness, and each organ is absent in 15 % of the images.
     """
     name, classes, volumes = "demo", ORGANS, True
     pairs = tuple((organ, "ct") for organ in ORGANS)
 
     def __init__(self, split="train", seed=0, n=None, overlap=0.3, contrast=1.0, size=1.0):
-        for knob, value, good in (("overlap", overlap, 0 <= overlap <= 1), ("contrast", contrast, 0 <= contrast <= 10),
-                                  ("size", size, 0 < size <= 3), ("n", n, n is None or n > 0)):
-            if not good:
-                raise InputError(f"demo's {knob} {value}: out of range; overlap 0..1, contrast 0..10, size 0..3, n > 0")
         self.split, self.seed = split, seed
         self.overlap, self.contrast, self.size = overlap, contrast, size
         self.n = n or {"train": 160, "val": 16, "test": 32}[split]
@@ -208,11 +205,9 @@ def scan(rng, image):
 def main():
     parser = Parser(description="One of the drawn test slices as a PNG, to try predict.py on.")
     parser.add_argument("file")
-    parser.add_argument("--image", type=int, default=0, help="its number, 0 to 31")
-    args = parser.parse_args()
     slices = Demo("test")
-    if not 0 <= args.image < len(slices):
-        raise InputError(f"--image {args.image}: give 0 to {len(slices) - 1}")
+    parser.add_argument("--image", type=number(0, len(slices) - 1, int), default=0, help="its number, 0 to 31")
+    args = parser.parse_args()
     with whole(args.file) as file:
         Image.fromarray((255 * slices.read(args.image).image).round().astype(np.uint8)).save(file, format="PNG")
 

@@ -1,11 +1,13 @@
 """KiTS19: kidneys and their tumors on CT, slices along three axes or whole volumes."""
-import json
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, read_text
+from common import InputError, read_json
 from readers.pictures import SMALLEST, from_labels, split_cases, without_small
+
+
+AGAIN = "delete the folder and prepare the case again"
 
 
 class KiTS19:
@@ -22,9 +24,7 @@ class KiTS19:
     pairs = (("kidney", "ct"), ("kidney tumor", "ct"))
 
     def __init__(self, root, split, axes="xyz"):
-        if axes not in ("xyz", "z"):
-            raise InputError(f"--axes {axes}: choose xyz, slices along the three axes, or z, axial slices only")
-        self.root, self.volumes, self.opened = Path(root), axes == "z", None
+        self.root, self.volumes, self.opened, self.records = Path(root), axes == "z", None, {}
         cases = [path.parent.name for path in self.root.glob("case_*/case.json")]
         if not cases:
             raise InputError(f"{root}: holds no case_*/case.json; turn the challenge's NIfTI volumes into it once "
@@ -37,9 +37,10 @@ class KiTS19:
     def slices(self, case, axes):
         """(case, axis, number) of its slices, and nothing but its case.json is read for that."""
         path = self.root / case / "case.json"
+        record = read_json(path, AGAIN)
         try:
-            record = json.loads(read_text(path))
             shape, areas = record["shape"], record["areas"]
+            self.records[case] = shape, record["spacing"]
             if axes == "z":
                 return [(case, 0, number) for number in range(shape[0])]
             items = []
@@ -50,10 +51,7 @@ class KiTS19:
                     items += [(case, axis, int(number)) for number in np.flatnonzero(large)]
             return items
         except (KeyError, IndexError, TypeError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            raise InputError(f"{path}: damaged ({type(e).__name__}); delete the folder and prepare the case "
-                             "again") from None
+            raise InputError(f"{path}: damaged ({type(e).__name__}); {AGAIN}") from None
 
     def __len__(self):
         return len(self.items)
@@ -66,7 +64,7 @@ class KiTS19:
 
     def spacing(self, case):
         """(z, y, x) in mm."""
-        return json.loads(read_text(self.root / case / "case.json"))["spacing"]
+        return self.records[case][1]
 
     def key(self, i):
         case, axis, number = self.items[i]
@@ -75,7 +73,7 @@ class KiTS19:
     def read(self, i):
         case, axis, number = self.items[i]
         if not self.opened or self.opened[0] != case:
-            self.opened = case, *(self.open_volume(case, kind) for kind in ("image", "label"))
+            self.opened = case, self.open_volume(case, "image"), self.open_volume(case, "label")
         where = (slice(None),) * axis + (number,)
         image, label = (volume[where] for volume in self.opened[1:])
         label = np.ascontiguousarray(label)
@@ -86,13 +84,11 @@ class KiTS19:
         return picture if self.volumes else without_small(picture)
 
     def open_volume(self, case, kind):
-        path, shape = self.root / case / f"{kind}.npy", json.loads(read_text(self.root / case / "case.json"))["shape"]
+        path, shape = self.root / case / f"{kind}.npy", self.records[case][0]
         try:
             volume = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise InputError(f"{path}: missing or truncated ({e}); delete the folder and prepare the case "
-                             "again") from None
+            raise InputError(f"{path}: missing or truncated ({e}); {AGAIN}") from None
         if volume.dtype != np.uint8 or list(volume.shape) != shape:
-            raise InputError(f"{path}: is {volume.dtype} {list(volume.shape)}, but case.json says uint8 {shape}; "
-                             "delete the folder and prepare the case again")
+            raise InputError(f"{path}: is {volume.dtype} {list(volume.shape)}, but case.json says uint8 {shape}; {AGAIN}")
         return volume

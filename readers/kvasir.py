@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, read_text
+from common import InputError, read_text, visible
 from readers.pictures import SUFFIXES, from_labels, read_image, read_mask, split_cases
 
 
@@ -18,7 +18,7 @@ class Kvasir:
 
     def __init__(self, root, split):
         self.root = Path(root)
-        self.files = {p.stem: p.name for p in (self.root / "images").glob("*") if p.suffix.lower() in SUFFIXES}
+        self.files = {p.stem: p.name for p in visible(self.root / "images") if p.suffix.lower() in SUFFIXES}
         if not self.files:
             raise InputError(f"{self.root / 'images'}: holds no .jpg or .png; is --data {root} the folder with "
                              "Kvasir-SEG's images/ and masks/?")
@@ -33,7 +33,7 @@ class Kvasir:
 
     def listed(self, kind):
         path = self.root / f"{kind}.txt"
-        names = sorted({Path(line.strip()).stem for line in read_text(path).splitlines() if line.strip()})
+        names = sorted({Path(line.strip()).stem for line in read_text(path).split("\n") if line.strip()})
         missing = [name for name in names if name not in self.files]
         if missing or not names:
             raise InputError(f"{path}: names {missing[0] if missing else 'no file'}, which is not in images/; correct "

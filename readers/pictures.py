@@ -8,6 +8,7 @@ from PIL import Image
 from common import InputError
 
 SPLITS = ("train", "val", "test")
+MODALITIES = ("ct", "mr", "pet", "ultrasound", "x-ray", "endoscopy", "dermoscopy", "fundus")  # the paper's eight
 # SAM-Med2D leaves out masks below this share of the image: 100 pixels at 256 x 256
 SMALLEST = 0.00153
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -20,7 +21,7 @@ class Picture:
     masks: np.ndarray  # bool [T,H,W], none of them empty
     targets: tuple  # T class names; with instances the same name more than once
     absent: tuple  # classes that were looked for here and are not here
-    modality: str  # ct, mr, pet, ultrasound, x-ray, endoscopy, dermoscopy, fundus
+    modality: str  # one of MODALITIES, or "unknown"
 
 
 def from_labels(image, label, classes, modality):
@@ -49,15 +50,14 @@ def read_image(path, mode):
     """An 8-bit PNG or JPEG -> uint8 [H,W,3] ("RGB") or [H,W] ("L")."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                raise InputError(f"{path}: pixels of kind {image.mode}, but should be 8 bits gray or RGB; convert it")
-            return np.array(image.convert(mode))
+            stored = image.mode
+            if stored in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                return np.array(image.convert(mode))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; restore the file, or take it out of the data set") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        if isinstance(e, InputError):
-            raise
         raise InputError(f"{path}: truncated or not an image ({e}); copy it again") from None
+    raise InputError(f"{path}: pixels of kind {stored}, but should be 8 bits gray or RGB; convert it")
 
 
 def read_mask(path):

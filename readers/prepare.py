@@ -15,9 +15,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, make_folder, read_text, whole, write_atomically
+from common import InputError, make_folder, read_json, visible, whole, write_atomically
 from readers.synapse import TEST_CASES
-from readers.volumes import WINDOWS, read_grid, slabs
+from readers.volumes import WINDOWS, gray, read_grid, slabs, unit
 
 # BTCV's 13 organs -> TransUNet's eight, in the order of synapse.ORGANS
 EIGHT = np.array([0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0], np.uint8)
@@ -60,14 +60,12 @@ def read_pair(image, label):
 
 def read_image(grid, window, dtype):
     """-> [D,H,W]: HU clipped to `window` and scaled to [0, 1] for np.float32, to whole numbers 0..255 for np.uint8."""
-    (low, high), image = window, np.empty(grid.shape, dtype)
-    darkest, brightest = np.inf, -np.inf
+    image, darkest, brightest = np.empty(grid.shape, dtype), np.inf, -np.inf
     for part, slab in slabs(grid, image):
         if not np.isfinite(slab).all():
             raise InputError(f"{grid.path}: holds NaN or infinity; replace these values")
         darkest, brightest = min(darkest, float(slab.min())), max(brightest, float(slab.max()))
-        unit = (np.clip(slab, low, high).astype(np.float32) - low) / np.float32(high - low)
-        part[...] = unit if dtype == np.float32 else np.rint(255 * unit)
+        part[...] = unit(slab, window) if dtype == np.float32 else gray(slab, window)
     # every CT shows fat, and nearly every one air
     if darkest >= 0 or brightest - darkest < 100:
         raise InputError(f"{grid.path}: its values run from {darkest:g} to {brightest:g}, so they are not HU (air "
@@ -95,28 +93,26 @@ def find(folder, stem):
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
-def read_json(path):
-    """A record that we wrote, {} where there is none."""
-    try:
-        return json.loads(read_text(path)) if path.is_file() else {}
-    except ValueError as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path}: damaged ({e}); delete it") from None
+def read_record(path):
+    """What an earlier run wrote of what it has done, {} where there is none."""
+    return read_json(path, "delete it") if path.is_file() else {}
 
 
-def check_room(out, grids, size):
-    """InputError now, not after an hour of work, if the disk cannot hold these volumes at `size` bytes a voxel."""
+def missing(name, out, cases, todo, size):
+    """The cases `todo`, as a bar shows them; InputError now, not after an hour of work, if the disk cannot hold their
+    volumes at `size` bytes a voxel."""
     make_folder(out)
-    need, free = sum(np.prod(grid.shape, dtype=float) for grid in grids) * size, shutil.disk_usage(out).free
+    need = size * sum(np.prod(cases[case][0].shape, dtype=float) for case in todo)
+    free = shutil.disk_usage(out).free
     if need > free:
         raise InputError(f"{out}: {need / 1e9:.1f} GB are needed, but {free / 1e9:.1f} GB are free; make room, or "
                          "choose another place with --out")
+    return tqdm(todo, f"preparing {name}", total=len(cases), initial=len(cases) - len(todo), unit="case")
 
 
-def tilted(grids):
+def tilted(cases):
     """What the last line says of volumes that lie obliquely; below a degree it does not matter."""
-    tilts = [grid.tilt for grid in grids if grid.tilt > 1]
+    tilts = [image.tilt for image, _ in cases.values() if image.tilt > 1]
     return f"; {len(tilts)} lie obliquely, by up to {max(tilts):.0f} degrees, and were not resampled" if tilts else ""
 
 
@@ -126,21 +122,18 @@ def tilted(grids):
 def synapse(raw, out):
     """A case is complete when its files are there and spacing.json, which is written after them, has its spacing."""
     cases = {f"case{number}": read_pair(*paths) for number, paths in synapse_pairs(raw).items()}
-    path = out / "spacing.json"
-    if not path.is_file() and any((out / folder).exists() for folder in ("train_npz", "test_vol_h5")):
+    if not (out / "spacing.json").is_file() and any((out / folder).exists() for folder in ("train_npz", "test_vol_h5")):
         raise InputError(f"{out}: holds slices without our spacing.json, so they come from elsewhere; choose another "
                          "place with --out, or move them away")
-    spacing = read_json(path)
+    spacing = read_record(out / "spacing.json")
     todo = [case for case, (image, _) in cases.items()
             if spacing.get(case) != image.spacing or synapse_found(out, case) != synapse_files(out, case, image)]
-    check_room(out, [cases[case][0] for case in todo], 5)  # float32 and uint8
-    for case in todo:
-        spacing.pop(case, None)
+    bar = missing("synapse", out, cases, todo, 5)  # float32 and uint8
+    spacing = {case: mm for case, mm in spacing.items() if case not in todo}
     record_synapse(out, spacing)
-    for case in tqdm(todo, "preparing synapse", total=len(cases), initial=len(cases) - len(todo), unit="case"):
-        image, label = cases[case]
-        write_synapse(out, case, image, label)
-        spacing[case] = image.spacing
+    for case in bar:
+        write_synapse(out, case, *cases[case])
+        spacing[case] = cases[case][0].spacing
         record_synapse(out, spacing)
     return synapse_summary(out, spacing, cases)
 
@@ -196,7 +189,7 @@ def write_synapse(out, case, image, label):
 
 def record_synapse(out, spacing):
     """spacing.json and the lists, which name the cases that are complete and no others."""
-    train = sorted(path.stem for path in (out / "train_npz").glob("*.npz") if path.stem.split("_slice")[0] in spacing)
+    train = [path.stem for path in visible(out / "train_npz", "*.npz") if path.stem.split("_slice")[0] in spacing]
     make_folder(out / "lists_Synapse")
     write_atomically(out / "spacing.json", json.dumps(dict(sorted(spacing.items()))).encode())
     for kind, names in (("train", train), ("test_vol", [c for c in sorted(spacing) if c[4:] in TEST_CASES])):
@@ -210,9 +203,9 @@ def record_synapse(out, spacing):
 def synapse_summary(out, spacing, cases):
     """The last line: what lies in `out` and what to run next."""
     test = [case for case in spacing if case[4:] in TEST_CASES]
-    slices, train = len(list((out / "train_npz").glob("*.npz"))), len(spacing) - len(test)
+    slices, train = len(visible(out / "train_npz", "*.npz")), len(spacing) - len(test)
     line = f"{out}: {train} case(s) to train on, {slices} slices, and {len(test)} of the {len(TEST_CASES)} test cases"
-    line += tilted(image for image, _ in cases.values())
+    line += tilted(cases)
     others = sorted({case[4:] for case in spacing} - NUMBERS)
     if others:
         line += (f"; {others[0]} is not a number of the challenge's (0001-0010, 0021-0040): if this copy counts its "
@@ -233,11 +226,10 @@ def kits19(raw, out):
     pairs, skipped = kits19_pairs(raw)
     cases = {case: read_pair(*paths) for case, paths in pairs.items()}
     todo = [case for case, (image, _) in cases.items() if not kits19_complete(out / case, image)]
-    check_room(out, [cases[case][0] for case in todo], 2)
-    for case in tqdm(todo, "preparing kits19", total=len(cases), initial=len(cases) - len(todo), unit="case"):
+    for case in missing("kits19", out, cases, todo, 2):
         write_kits19(out / case, *cases[case])
     count = len(list(out.glob("case_*/case.json")))
-    line = f"{out}: {count} case(s)" + tilted(image for image, _ in cases.values())
+    line = f"{out}: {count} case(s)" + tilted(cases)
     if count < 3:
         line += "; training, validation and test need at least three"
     if skipped:
@@ -268,7 +260,7 @@ def kits19_pairs(raw):
 
 
 def kits19_complete(folder, grid):
-    record = read_json(folder / "case.json")
+    record = read_record(folder / "case.json")
     return (record.get("shape") == list(grid.shape) and record.get("spacing") == grid.spacing
             and all((folder / f"{kind}.npy").is_file() for kind in ("image", "label")))
 

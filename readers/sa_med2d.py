@@ -27,17 +27,17 @@ import ijson
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, locked, read_text
-from readers.pictures import SMALLEST, SPLITS, SUFFIXES, Picture, read_image, read_mask, split_cases
+from common import InputError, locked, read_json
+from readers.pictures import MODALITIES, SMALLEST, SPLITS, SUFFIXES, Picture, read_image, read_mask, split_cases
 
 ORIGINAL, CLASS_IDS = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 TRAIN, TEST = "image2label_train.json", "label2image_test.json"
 ARRAYS = dict(names=np.uint8, name_at=np.int64, suffix=np.uint32, mask_at=np.int64, group=np.uint32,
               **dict.fromkeys(SPLITS, np.uint32))
 VERSION = 1  # of the index: another one is built anew
-# what an image's name begins with -> our name; the paper uses these eight
-MODALITIES = {"ct_": "ct", "mr_": "mr", "pet_": "pet", "ultrasound_": "ultrasound", "x_ray": "x-ray",
-              "endoscopy_": "endoscopy", "dermoscopy_": "dermoscopy", "fundus_photography": "fundus"}
+# what an image's name begins with -> its modality
+PREFIXES = dict(zip(("ct_", "mr_", "pet_", "ultrasound_", "x_ray", "endoscopy_", "dermoscopy_", "fundus_photography"),
+                    MODALITIES))
 INVERTED = "ichallenge_adam_task2"  # a known defect: the masks of this source are 0 where they should be 255
 LISTED = 1000  # problems that are named one by one
 CHUNK = 100_000  # images that are looked at together: how little memory building takes
@@ -113,9 +113,6 @@ class SAMed2D:
     def case(self, i):
         return describe(self.key(i))[1]
 
-    def modality(self, i):
-        return self.group(i)[1]
-
     def read(self, i, strict=False):
         """-> Picture. Masks that are empty or of another size than the image are passed over; strict: InputError.
 
@@ -133,12 +130,13 @@ class SAMed2D:
             mask = read_mask(path)
             if source.lower() == INVERTED:
                 mask = ~mask
-            if strict and mask.shape != image.shape[:2]:
-                raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on "
-                                 "one grid")
-            if strict and not mask.any():
-                raise InputError(f"{path}: empty; take the mask out of the data set")
-            if mask.shape == image.shape[:2] and mask.any() and mask.mean() >= SMALLEST:
+            if mask.shape != image.shape[:2]:
+                wrong = f"{list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on one grid"
+            else:
+                wrong = "" if mask.any() else "empty; take the mask out of the data set"
+            if strict and wrong:
+                raise InputError(f"{path}: {wrong}")
+            if not wrong and mask.mean() >= SMALLEST:
                 masks.append(mask)
                 targets.append(target)
         masks = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
@@ -150,8 +148,8 @@ class SAMed2D:
 
 @functools.lru_cache(4096)
 def modality_of(prefix):
-    """One of MODALITIES' names, or None."""
-    return next((name for start, name in MODALITIES.items() if prefix.startswith(start)), None)
+    """One of MODALITIES, or None."""
+    return next((name for start, name in PREFIXES.items() if prefix.startswith(start)), None)
 
 
 def describe(stem):
@@ -223,22 +221,18 @@ def build(root, stamp):
 
 def save(root, tables, arrays):
     """Writes the index whole or not at all."""
-    for left in [*root.glob("index.part*"), *root.glob("index.old*")]:  # by a kill; without locks it may be in use
+    for left in root.glob("index.part*"):  # by a kill; without locks it may be in use
         if time.time() - left.stat().st_mtime > 600:
             shutil.rmtree(left, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix="index.part", dir=root))
-    try:
+    with tempfile.TemporaryDirectory(prefix="index.part", dir=root) as part:
+        folder = Path(part) / "index"
+        folder.mkdir()
         for name, a in arrays.items():
-            np.save(part / f"{name}.npy", a, allow_pickle=False)
-        (part / "index.json").write_text(json.dumps(tables, ensure_ascii=False), encoding="utf-8")
-        part.chmod(root.stat().st_mode & 0o777)  # mkdtemp makes it for this user alone
-        if (root / "index").exists():
-            old = tempfile.mkdtemp(prefix="index.old", dir=root)
-            os.replace(root / "index", old)
-            shutil.rmtree(old, ignore_errors=True)
-        os.replace(part, root / "index")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            np.save(folder / f"{name}.npy", a, allow_pickle=False)
+        (folder / "index.json").write_text(json.dumps(tables, ensure_ascii=False), encoding="utf-8")
+        folder.chmod(root.stat().st_mode & 0o777)  # as open to others as the data
+        shutil.rmtree(root / "index", ignore_errors=True)
+        os.replace(folder, root / "index")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,10 +258,7 @@ def entries(path):
 
 def read_class_ids(path, problem):
     """{class: id} -> {id as int: class}; problem(kind, path, text) is called for what cannot be used of it."""
-    try:
-        mapping = json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}: not JSON ({e}); copy the file again") from None
+    mapping = read_json(path, "copy the file again")
     if not isinstance(mapping, dict):
         raise InputError(f"{path}: not a JSON object {{class: id}}; copy the file again")
     ids = {}
@@ -289,16 +280,6 @@ def quoted(value):
     return repr(value)[:300]  # one line, whatever it is
 
 
-def first_of_equals(values):
-    """int64 [N]: where each of N values occurs first."""
-    order = np.argsort(values, kind="stable")
-    ranked = values[order]
-    new = np.append(True, ranked[1:] != ranked[:-1])[:len(values)]
-    first = np.empty_like(order)
-    first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
-    return first
-
-
 class Indexer:
     """Reads the JSON files of a data set into packed columns, a row per image."""
 
@@ -306,7 +287,7 @@ class Indexer:
         self.root, self.stamp = root, stamp
         self.problems, self.counts, self.left_out = [], Counter(), Counter()
         self.ids = read_class_ids(root / CLASS_IDS, self.problem) if (root / CLASS_IDS).is_file() else {}
-        self.suffixes, self.targets = {"/": LEFT_OUT}, [None]  # suffix -> number, number -> class
+        self.numbers, self.suffixes = {"/": LEFT_OUT}, [("/", None)]  # suffix -> number, number -> suffix and class
         self.groups, self.cases, self.sources = {}, {}, {}  # (source, modality) and case -> number, source -> cases
         self.names, self.name_at, self.hashes = bytearray(), array("q", [0]), array("q")
         self.suffix, self.mask_at, self.group, self.case = array("I"), array("q", [0]), array("I"), array("I")
@@ -320,12 +301,11 @@ class Indexer:
         """-> the tables of index.json, {name: array}."""
         names = [name for name, *_ in self.stamp[1:]]
         self.held = 0  # the cases of TEST, which is read first, are the first ones; TRAIN may not have them
-        self.merged = 0  # so are its rows, several of which may be one image
         if ORIGINAL in names:
             self.read(self.root / ORIGINAL, leading=False)
         if TEST in names:
             self.read(self.root / TEST, leading=True)
-            self.held, self.merged = len(self.cases), len(self.group)
+            self.held = len(self.cases)
         if TRAIN in names:
             self.read(self.root / TRAIN, leading=True)
         if stamp(self.root) != self.stamp:
@@ -336,7 +316,7 @@ class Indexer:
             self.problems.append(f"{self.root / names[0]}: more problems than the {len(self.problems)} above, in all: "
                                  + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common()))
         tables = dict(stamp=self.stamp, lengths={name: len(a) for name, a in arrays.items()}, groups=groups,
-                      suffixes=list(zip(self.suffixes, self.targets)), looked_for=ORIGINAL in names,
+                      suffixes=self.suffixes, looked_for=ORIGINAL in names,
                       problems=self.problems, counts=self.counts, left_out=self.left_out)
         print(f"{self.root}: indexed {len(arrays['group'])} images with {len(arrays['suffix'])} masks, "
               f"{sum(self.counts.values())} problems"
@@ -346,14 +326,17 @@ class Indexer:
     def read(self, path, leading):
         """One JSON file; `leading`: folders may stand in front of images/ and masks/."""
         self.path, self.leading = path, leading
+        kind, form = (str, "{mask: image}") if path.name == TEST else (list, "{image: [masks]}")
+        images = {}  # TEST's masks by their image, {image: [masks]}: for that the whole file has to be read
         for key, value in entries(path):
-            if path.name == TEST:
-                key, value = value, [key]
-            if not isinstance(value, list) or not isinstance(key, str):
-                form = "{mask: image}" if path.name == TEST else "{image: [masks]}"
+            if not isinstance(value, kind):
                 self.problem("entry", path, f"{quoted(key)}: {quoted(value)} is not of the form {form}; correct it")
+            elif path.name == TEST:
+                images.setdefault(value, []).append(key)
             else:
                 self.add(key, value)
+        for image, masks in images.items():
+            self.add(image, masks)
 
     def add(self, path, masks):
         """A row, unless the image's name is unusable, its modality not one of ours, or its case held out."""
@@ -381,20 +364,14 @@ class Indexer:
         self.hashes.append(hash(stem))
         self.group.append(self.groups.setdefault((source, modality), len(self.groups)))
         self.case.append(self.cases[case])
-        masks = [self.mask(mask, stem) for mask in masks]
-        if len(set(masks)) < len(masks):
-            masks = self.once(masks, name)
-        self.suffix.extend(masks)
+        numbers = [self.mask(mask, stem) for mask in masks]
+        once = dict.fromkeys(numbers)
+        if len(once) < len(numbers):
+            for number in (n for n, count in Counter(numbers).items() if count > 1 and n != LEFT_OUT):
+                self.problem("mask twice", self.path, f"{quoted(name)} has its mask {quoted(self.suffixes[number][0])} "
+                             "twice; take one out")
+        self.suffix.extend(once)
         self.mask_at.append(len(self.suffix))
-
-    def once(self, masks, image):
-        """The numbers of an image's masks, each of them once."""
-        seen, suffixes = set(), list(self.suffixes)
-        for number in masks:
-            if number in seen and number != LEFT_OUT:
-                self.mask_twice(self.path, image, suffixes[number])
-            seen.add(number)
-        return list(dict.fromkeys(masks))
 
     def mask(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
@@ -408,7 +385,7 @@ class Indexer:
             self.problem("mask name", self.path, f"{quoted(path)} does not begin with its image's name, "
                          f"{quoted(stem)}; it is left out, rename it")
         else:
-            number = self.suffixes.get(name[len(stem):])
+            number = self.numbers.get(name[len(stem):])
             return self.new_suffix(path, name[len(stem):]) if number is None else number
         return LEFT_OUT
 
@@ -422,19 +399,23 @@ class Indexer:
             self.problem("class id", self.path, f"{quoted(path)} has the id {match['id']}, which {CLASS_IDS} lacks; it "
                          "is left out, add the id")
             return LEFT_OUT
-        self.targets.append(self.ids[int(match["id"])] if match["id"] else class_name(match["words"]))
-        return self.suffixes.setdefault(suffix, len(self.suffixes))
+        self.suffixes.append((suffix, self.ids[int(match["id"])] if match["id"] else class_name(match["words"])))
+        return self.numbers.setdefault(suffix, len(self.numbers))
 
     def finish(self):
-        """The columns without what occurs twice -> {name: array}. No copy is made where nothing does."""
+        """The columns without images that occur twice -> {name: array}. No copy is made where none does."""
         view = lambda column: np.frombuffer(column, column.typecode)
         lengths, suffix, group, case = np.diff(view(self.name_at)), view(self.suffix), view(self.group), view(self.case)
+        counts = np.diff(view(self.mask_at))
         # two of five million names have the same 64 bits by chance once in a million builds
-        counts, home = np.diff(view(self.mask_at)), first_of_equals(view(self.hashes))
-        keep = home == np.arange(len(home))
+        keep = np.zeros(len(group), bool)
+        keep[np.unique(view(self.hashes), return_index=True)[1]] = True  # where each occurs first
         if not keep.all():
-            suffix, counts = self.merge(home, keep, suffix, counts)
-            lengths, group, case, at = lengths[keep], group[keep], case[keep], self.name_at
+            for row in np.flatnonzero(~keep):
+                self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is taken, "
+                             "take out the other")
+            suffix, counts, at = suffix[np.repeat(keep, counts)], counts[keep], self.name_at
+            lengths, group, case = lengths[keep], group[keep], case[keep]
             # in parts: millions of slices at once would take more memory than the names
             self.names = bytearray().join(
                 b"".join([self.names[at[row]:at[row + 1]] for row in rows.tolist()])
@@ -443,29 +424,6 @@ class Indexer:
         return dict(names=np.frombuffer(self.names, np.uint8), name_at=np.concatenate([zero, np.cumsum(lengths)]),
                     suffix=suffix, mask_at=np.concatenate([zero, np.cumsum(counts)]), group=group,
                     **{split: np.flatnonzero(sides == n).astype(np.uint32) for n, split in enumerate(SPLITS)})
-
-    def merge(self, home, keep, suffix, counts):
-        """Of rows that are one image the first one takes the masks: of TEST's rows all, elsewhere its own.
-
-        home: the first row of the same image, and keep: is it that row? -> the masks of the kept rows, and how many.
-        """
-        rows = np.arange(len(home))
-        for row in rows[~keep & (rows >= self.merged)]:
-            self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is taken, "
-                         "take out the other")
-        image = np.repeat(home.astype(np.uint32), counts)  # of each mask
-        wanted = np.repeat(keep | (rows < self.merged), counts)
-        image, suffix = image[wanted], suffix[wanted]
-        order = np.argsort(image, kind="stable")
-        image, suffix = image[order], suffix[order]
-        once = first_of_equals(image.astype(np.uint64) << np.uint64(32) | suffix) == np.arange(len(image))
-        suffixes, twice = list(self.suffixes), ~once & (suffix != LEFT_OUT)
-        for row, number in zip(image[twice], suffix[twice]):
-            self.mask_twice(self.root / TEST if row < self.merged else self.path, self.name(row), suffixes[number])
-        return suffix[once], np.bincount(image[once], minlength=len(home))[keep]
-
-    def mask_twice(self, path, image, suffix):
-        self.problem("mask twice", path, f"{quoted(image)} has its mask {quoted(suffix)} twice; take one out")
 
     def name(self, row):
         return self.names[self.name_at[row]:self.name_at[row + 1]].decode()
@@ -487,5 +445,5 @@ class Indexer:
             mask_at = arrays["mask_at"][at:at + CHUNK + 1]
             group = np.repeat(arrays["group"][at:at + CHUNK], np.diff(mask_at)).astype(np.uint64)
             for pair in np.unique(group << np.uint64(32) | arrays["suffix"][mask_at[0]:mask_at[-1]]).tolist():
-                found[pair >> 32].add(self.targets[pair & 0xffffffff])
+                found[pair >> 32].add(self.suffixes[pair & 0xffffffff][1])
         return [[*group, sorted(classes - {None})] for group, classes in zip(self.groups, found)]

@@ -1,12 +1,11 @@
 """Synapse (BTCV in the layout of TransUNet): abdominal CT with eight organs."""
-import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, read_text
+from common import InputError, read_json, read_text, visible
 from readers.pictures import from_labels
 
 # TransUNet's ids 1..8, in order; 0 is background
@@ -53,11 +52,8 @@ class Synapse:
         """(z, y, x) in mm where `data.py prepare` has left it, else None: TransUNet's files do not hold it."""
         if self.spacings is None:
             path = self.root / "spacing.json"
-            try:
-                self.spacings = json.loads(read_text(path)) if path.is_file() else {}
-            except json.JSONDecodeError:
-                raise InputError(f"{path}: damaged; prepare the data again, or delete it: distances are then in voxels "
-                                 "alone") from None
+            remedy = "prepare the data again, or delete it: distances are then in voxels alone"
+            self.spacings = read_json(path, remedy) if path.is_file() else {}
         return self.spacings.get(case)
 
     def read(self, i):
@@ -81,7 +77,7 @@ class Synapse:
 
     def named(self, kind, folder, suffix):
         """The names of the list `kind`, each checked to lie in `folder`; without a list every file there."""
-        here = {p.name.removesuffix(suffix) for p in (self.root / folder).glob("*" + suffix)}
+        here = {p.name.removesuffix(suffix) for p in visible(self.root / folder, "*" + suffix)}
         path, names = self.listed(kind)
         if path is None and not here:
             raise InputError(f"{self.root / folder}: holds no {suffix} file; is --data {self.root} the Synapse folder?")
@@ -139,10 +135,7 @@ class Synapse:
         """The HDF5 file, kept open until another is asked for; a handle from before a fork is not used."""
         if self.opened and self.opened[:2] == (path, os.getpid()):
             return self.opened[2]
-        try:
-            import h5py
-        except ImportError:
-            raise InputError(f"{path}: needs h5py to be read; pip install h5py") from None
+        import h5py  # only those who read volumes wait for it
         try:
             volume = h5py.File(path, "r")
         except OSError as e:

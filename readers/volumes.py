@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from common import InputError, whole
+from common import InputError, visible, whole
 
 UPRIGHT = axcodes2ornt(("S", "P", "L"))  # where z, y and x run to
 # HU that keep their contrast: TransUNet's; nnU-Net's and MIScnn's, percentiles within KiTS19's kidneys
@@ -81,44 +81,44 @@ def slabs(grid, volume):
             pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One's own volumes
+def unit(values, window):
+    """Numbers -> float32: the window's ends become 0 and 1."""
+    low, high = window
+    return (np.clip(values.astype(np.float32), low, high) - low) / max(high - low, 1e-6)
+
 
 def gray(values, window):
     """Numbers -> uint8: the window's ends become 0 and 255."""
-    low, high = window
-    return np.rint(255 * np.clip((values.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
+    return np.rint(255 * unit(values, window)).astype(np.uint8)
 
 
-def choose_window(asked, modality, low, high, sample):
+# ---------------------------------------------------------------------------------------------------------------------
+# One's own volumes
+
+def choose_window(asked, modality, low, high, sample, path):
     """(low, high) of the values that become black and white: as asked for; of CT TransUNet's -125..275 HU; of others
-    the 0.5th to 99.5th percentile of the values `sample`."""
+    the 0.5th to 99.5th percentile of the values `sample`. low, high: of all values of the file at `path`."""
     if asked:
         return asked
     if modality == "ct" and low < 0 and high - low >= 100:
         return WINDOWS["synapse"]
     if modality == "ct":
-        raise InputError(f"the values run from {low:g} to {high:g}, which are not HU; give --window LOW HIGH, or another "
-                         "--modality")
+        raise InputError(f"{path}: the values run from {low:g} to {high:g}, which are not HU; give --window LOW HIGH, or "
+                         "another --modality")
     return tuple(np.percentile(sample, (0.5, 99.5)))
 
 
 def read_nifti(path, window, modality):
     """-> (uint8 [D,H,W], upright, its Grid)."""
     grid = read_grid(path)
-    low, high, sample = np.inf, -np.inf, []
-    if not window:
-        for _, slab in slabs(grid, np.empty(grid.shape, np.uint8)):
-            finite = slab[np.isfinite(slab)]
-            if not len(finite):
-                raise InputError(f"{path}: holds nothing but NaN; give another file")
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-            sample.append(finite.ravel()[::101].astype(np.float32))
-    try:
-        window = choose_window(window, modality, low, high, np.concatenate(sample) if sample else None)
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from None
-    image = np.empty(grid.shape, np.uint8)
+    image, low, high, sample = np.empty(grid.shape, np.uint8), np.inf, -np.inf, [np.zeros(0, np.float32)]
+    for _, slab in slabs(grid, image) if not window else ():
+        finite = slab[np.isfinite(slab)]
+        if not len(finite):
+            raise InputError(f"{path}: holds nothing but NaN; give another file")
+        low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        sample.append(finite.ravel()[::101].astype(np.float32))
+    window = choose_window(window, modality, low, high, np.concatenate(sample), path)
     for part, slab in slabs(grid, image):
         part[...] = gray(np.nan_to_num(slab, nan=window[0]), window)
     return image, grid
@@ -126,12 +126,9 @@ def read_nifti(path, window, modality):
 
 def read_dicom(folder, window, modality):
     """A folder with one DICOM series -> (uint8 [D,H,W], its Grid): slices in order of their place along the normal."""
-    try:
-        import pydicom
-    except ImportError:
-        raise InputError(f"{folder}: DICOM needs pydicom; install it with: pip install pydicom") from None
+    import pydicom
     slices = []
-    for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
+    for path in filter(Path.is_file, visible(folder)):
         try:
             slices.append((path, pydicom.dcmread(path, stop_before_pixels=True)))
         except pydicom.errors.InvalidDicomError:
@@ -162,10 +159,7 @@ def read_dicom(folder, window, modality):
         if values[-1].shape != values[0].shape:
             raise InputError(f"{path}: {values[-1].shape} pixels, the first slice {values[0].shape}; give one series")
     values = np.stack(values)
-    try:
-        window = choose_window(window, modality, float(values.min()), float(values.max()), values.ravel()[::101])
-    except InputError as e:
-        raise InputError(f"{folder}: {e}") from None
+    window = choose_window(window, modality, float(values.min()), float(values.max()), values.ravel()[::101], folder)
     head = slices[0][1]
     dy, dx = map(float, head.PixelSpacing)
     step = normal * (np.median(gaps) if len(gaps) else float(head.get("SliceThickness", 1) or 1))

@@ -4,12 +4,11 @@ import sys
 import medpy.metric.binary as medpy
 import numpy as np
 import pytest
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion
 
 from conftest import fails
-from metrics import (METRICS, Scores, border, bootstrap, bootstrap_difference, bootstrap_means, bounding_box, dice, hd95,
-                     iou, label_boxes, nearest, neighbours, overlap_rate, print_table, score, score_labels, summarise,
-                     surface_distances)
+from metrics import (METRICS, Scores, border, bootstrap_means, bounding_box, dice, hd95, iou, label_boxes, nearest,
+                     neighbours, overlap_rate, print_table, score, score_labels, summarise)
 from readers.synapse import ORGANS
 
 
@@ -39,13 +38,6 @@ def random_spacing(rng, dimensions):
     return (None, float(rng.uniform(0.2, 5)), list(rng.uniform(0.2, 5, dimensions)))[rng.integers(3)]
 
 
-def medpys_distances(a, b, spacing):
-    """medpy's two lines, with scipy's own erosion."""
-    edge = lambda m: m ^ binary_erosion(m)
-    ways = ((a, b), (b, a))
-    return [distance_transform_edt(~edge(y), sampling=spacing)[edge(x)] for x, y in ways]
-
-
 @pytest.mark.parametrize("dimensions,seed", [(d, s) for d in (1, 2, 3, 4) for s in range(3)])
 def test_hd95_is_medpys_on_small_masks(dimensions, seed):
     """Some 3000 pairs, most of them touching the edge of the array, some identical, some disjoint."""
@@ -58,8 +50,6 @@ def test_hd95_is_medpys_on_small_masks(dimensions, seed):
         truth = medpy.hd95(a, b, voxelspacing=spacing)
         assert hd95(a, b, spacing) == pytest.approx(truth, abs=1e-9, rel=1e-9)
         assert hd95(b, a, spacing) == pytest.approx(truth, abs=1e-9, rel=1e-9)
-        for ours, theirs in zip(surface_distances(a, b, spacing), medpys_distances(a, b, spacing)):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
         assert dice(a, b) == pytest.approx(medpy.dc(a, b), abs=1e-12)
         assert iou(a, b) == pytest.approx(medpy.jc(a, b), abs=1e-12)
 
@@ -131,7 +121,7 @@ def test_empty_sides():
     none, some = np.zeros((3, 4, 12), bool), np.zeros((3, 4, 12), bool)
     some[1, 2, 3:5] = True
     assert dice(none, none) is None and iou(none, none) is None and dice(none, some) == iou(some, none) == 0
-    assert hd95(none, none) is None and hd95(none, some) is None and surface_distances(some, none) is None
+    assert hd95(none, none) is None and hd95(none, some) is None
     numbers = lambda *pair, **spacing: tuple(score(*pair, **spacing)[m] for m in METRICS)
     assert METRICS == ("dice", "iou", "hd95", "dice_strict", "iou_strict", "hd95_strict")
     assert numbers(some, none) == (1, 1, 0, 0, 0, 13)  # 3, 4, 12: the diagonal is 13
@@ -169,13 +159,12 @@ def test_a_label_map_is_scored_as_its_masks(seed):
 
 def test_bad_input_is_named_in_one_line():
     a, b = np.ones((4, 4, 4), bool), np.ones((4, 4, 5), bool)
-    for call in (dice, iou, hd95, surface_distances, score, lambda p, t: score_labels(p, t, ORGANS)):
+    for call in (dice, iou, hd95, score, lambda p, t: score_labels(p, t, ORGANS)):
         fails(lambda: call(a, b), "prediction", "(4, 4, 4)", "truth", "(4, 4, 5)", "grid")
     for spacing in (0, -1, np.nan, np.inf, (1, 2), (1, 2, 0), (1, 2, 3, 4)):
-        for call in (hd95, score, surface_distances, lambda p, t, s: score(p, ~t, s),
+        for call in (hd95, score, lambda p, t, s: score(p, ~t, s),
                      lambda p, t, s: score_labels(p.astype(np.uint8), t.astype(np.uint8), ORGANS, s)):
             fails(lambda: call(a, a, spacing), "spacing", spacing, "3 numbers", "mm")
-    fails(lambda: bootstrap_difference([1, 2], [1]), "2 cases", "1", "same cases")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,6 +205,12 @@ def test_real_organs(real_case, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+def bootstrap(values, *how, **more):
+    """The interval of one group, of which each case has one value."""
+    values = np.array([v for v in values if v is not None], float)[:, None]
+    return bootstrap_means(values, np.ones_like(values), *how, **more)[0]
+
 
 def test_bootstrap_is_repeatable_and_skips_what_is_missing():
     values = np.random.default_rng(0).normal(size=30).tolist()
@@ -258,19 +253,6 @@ def test_groups_of_cases_are_resampled_together():
     assert empty is None and single is None and mean is not None
     assert full == pytest.approx(bootstrap(values[:, 2]))
     assert bootstrap_means(np.ones((1, 2)), np.ones((1, 2))) == [None] * 3
-
-
-def test_a_paired_interval_is_of_the_differences():
-    rng = np.random.default_rng(5)
-    hard = rng.normal(0.7, 0.2, 40)  # the cases differ much, the methods little
-    a, b = (hard + 0.02 + rng.normal(0, 0.01, 40)).tolist(), hard.tolist()
-    low, high = bootstrap_difference(a, b)
-    assert 0 < low < 0.02 < high < 0.04
-    assert bootstrap_difference(b, a)[0] < 0 and bootstrap_difference(a, a) == (0, 0)
-    assert bootstrap_difference(a + [None, 1.0], b + [5.0, None]) == (low, high)
-    assert bootstrap_difference([1.0], [2.0]) is None
-    shared = bootstrap(a)
-    assert high - low < 0.2 * (shared[1] - shared[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,3 +372,15 @@ def test_means_of_groups_equal_plain_loops():
         low, high = table[m]["ci_strict"]
         assert low < means[-1] < high
     assert table["mean"]["dice_strict"] == pytest.approx(sum(means) / 3, abs=1e-12)
+
+
+def test_parts_of_several_processes_are_gathered_in_order():
+    rng, whole, parts = np.random.default_rng(0), Scores(), [Scores(), Scores(), Scores()]
+    for i in range(30):
+        for target in ("a", "b"):
+            row = i, f"case{i}", target, "ct", dict(dice=float(rng.random()))
+            whole.add(*row), parts[i % 3].add(*row)
+    gathered, key = Scores(), "image {}".format
+    gathered.gather(parts[::-1])
+    assert gathered.columns(key) == whole.columns(key)
+    assert gathered.where(lambda i: whole.row[i] % 3 == 1).columns(key) == parts[1].columns(key)

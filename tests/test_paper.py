@@ -5,13 +5,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import linregress
 
-from common import InputError
+from common import InputError, locked
 from conftest import ROOT, fails
 from medsegr import Config
 from paper import ablations, figures, tables
-from paper.figures import pearson
 from readers.synapse import ORGANS, TEST_CASES
 
 
@@ -115,8 +113,8 @@ def test_tables_row_by_row(fake, tmp_path, capsys):
 
 def test_a_row_is_made_by_one_process(fake, tmp_path, capsys):
     calls, _ = fake
-    with ablations.taken(tmp_path / "full/seed0") as ours:
-        assert ours
+    (tmp_path / "full/seed0").mkdir(parents=True)
+    with locked(tmp_path / "full/seed0/lock"):
         ablations.run_tables(["5"], [0], tmp_path, [], [], [])
     assert len(calls) == 2 * 4 and "other processes" in capsys.readouterr().out
     ablations.run_tables(["5"], [0], tmp_path, [], [], [])
@@ -230,12 +228,8 @@ def test_flags_of_paper(tmp_path, monkeypatch, crowded, capsys):
     assert (ROOT / "paper/paper.json").is_file()
 
 
-def test_pearson_is_linregress():
-    rng = np.random.default_rng(6)
-    for n in range(3, 40):
-        x, y = rng.normal(size=(2, n)) * 10 ** rng.uniform(-3, 3, (2, 1))
-        truth = linregress(x, y)
-        assert pearson(x, y) == pytest.approx((truth.rvalue, truth.slope, truth.intercept), rel=1e-9, abs=1e-12)
-    assert pearson([0, 1, 2], [5, 3, 1]) == pytest.approx((-1, -2, 5))
-    assert pearson([0, 1, 2], [4, 4, 4]) == (0, 0, 4) and pearson([0, 1], [0, 1]) is None and pearson([], []) is None
-    assert pearson([0.1] * 7, range(7)) is None
+def test_a_line_needs_three_points():
+    line = figures.line_through(np.array([0, 1, 2]), np.array([5, 3, 1]))
+    assert (line.rvalue, line.slope, line.intercept) == pytest.approx((-1, -2, 5))
+    for x, y in ([0, 1], [0, 1]), ([], []), ([0.1] * 7, range(7)):
+        assert figures.line_through(np.array(x), np.array(y)) is None

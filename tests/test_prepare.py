@@ -371,7 +371,7 @@ def test_killed_process(tmp_path):
     """A process of its own, killed while it writes the slices of the last case; the others are kept."""
     truth = raw_synapse(tmp_path / "raw", ("0001", "0005", "0006"), (60, 64, 64))
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", "import sys; from prepare import prepare; prepare(*sys.argv[1:])",
+    process = subprocess.Popen([sys.executable, "-c", "import sys; from readers.prepare import prepare; prepare(*sys.argv[1:])",
                                 "synapse", tmp_path / "raw", out], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (out / "train_npz/case0006_slice007.npz").exists() and process.poll() is None:
         time.sleep(0.001)

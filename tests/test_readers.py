@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from conftest import REAL_DATA, fails
-from data import open_dataset
-from common import InputError
+from common import InputError, Parser
+from data import add_data_flags, open_dataset
 from readers.pictures import split_cases
 from readers.synapse import ORGANS, TEST_CASES, VAL_CASES
 
@@ -168,6 +168,15 @@ def test_validation_without_the_usual_cases(tmp_path):
         fails(lambda: open_dataset("synapse", one, split), one / "train_npz", "add cases")
 
 
+def test_hidden_files_are_passed_over(tmp_path):
+    synapse(tmp_path, shape=(8, 8), depth=2)
+    for name in ("train_npz/._case0005_slice000.npz", "train_npz/.DS_Store", "test_vol_h5/._case0001.npy.h5"):
+        (tmp_path / name).write_bytes(b"AppleDouble")
+    assert keys(open_dataset("synapse", tmp_path, "train", 8)) == [
+        f"case{c}_slice{i:03d}" for c in ("0005", "0006") for i in (0, 1)]
+    assert set(cases(open_dataset("synapse", tmp_path, "test", 8))) == {"case0001", "case0028"}
+
+
 def test_evaluation_only_folder(tmp_path):
     synapse(tmp_path, npz=[], h5=["0001", "0037"], shape=(8, 8), depth=2)
     assert keys(open_dataset("synapse", tmp_path, "val", 8)) == ["case0037_slice000", "case0037_slice001"]
@@ -236,9 +245,10 @@ def test_bad_arguments(tmp_path):
         fails(lambda: open_dataset("demo", fraction=fraction), "--fraction")
     fails(lambda: open_dataset("demo", limit=0), "--limit")
     fails(lambda: open_dataset("demo", image_size=0), "--image-size")
-    fails(lambda: open_dataset("demo", overlap=2), "overlap 2")
-    fails(lambda: open_dataset("demo", contrast=-1), "contrast -1")
-    fails(lambda: open_dataset("demo", n=0), "n 0")
+    for flag, value in (("overlap", 2), ("contrast", -1), ("size", 0), ("size", 4), ("axes", "y")):
+        parser = Parser()
+        add_data_flags(parser)
+        fails(lambda: parser.parse_args([f"--{flag}={value}"]), f"--{flag} ", value)
     fails(lambda: open_dataset("demo", colour=1), "colour")
     fails(lambda: open_dataset("demo", axes="z"), "axes")
     fails(lambda: open_dataset("synapse", tmp_path, overlap=0.5), "overlap")
@@ -493,7 +503,6 @@ def test_bad_kits19(tmp_path):
     kits19(tmp_path)
     open_ = lambda **knobs: open_dataset("kits19", tmp_path, "train", 32, **knobs)
     folder = tmp_path / open_().case(0)
-    fails(lambda: open_(axes="y"), "--axes y", "xyz")
     fails(lambda: open_dataset("kits19", folder), folder, "python data.py prepare kits19 RAW")
     label, record = folder / "label.npy", folder / "case.json"
     whole = label.read_bytes()
@@ -543,6 +552,8 @@ def test_kvasir(tmp_path):
 
 def test_kvasir_lists_and_other_suffixes(tmp_path):
     kvasir(tmp_path, [f"a{i}" for i in range(8)], suffix=".png")
+    (tmp_path / "images/._a0.png").touch(), (tmp_path / "images/._b.png").touch()  # as macOS leaves them
+    assert len(open_dataset("kvasir", tmp_path, "train")) + len(open_dataset("kvasir", tmp_path, "test")) == 7
     (tmp_path / "train.txt").write_text("a0\na1.jpg\na2\n\na7\n")
     assert len(open_dataset("kvasir", tmp_path, "test", 32)) == 2  # half a list is no list
     (tmp_path / "test.txt").write_text("a3\na4\n")

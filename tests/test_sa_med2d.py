@@ -61,7 +61,7 @@ def test_the_index_says_what_the_json_says(tmp_path, seed):
             image = f"images/{dataset.key(i)}.png"
             modality, source, case, _ = dataset.key(i).split("--")
             seen.append(image)
-            assert dataset.case(i) == f"{source}--{case}" and dataset.modality(i) == modality[:2]
+            assert dataset.case(i) == f"{source}--{case}" and dataset.group(i)[1] == modality[:2]
             assert case in [c.split("--")[1] for c in split_cases([f"{source}--case{n}" for n in range(6)], split)]
             picture, here = dataset.read(i), [class_of(m) for m in entries[image]]
             assert list(picture.targets) == here and picture.modality == modality[:2]
@@ -226,3 +226,23 @@ def test_workers(tmp_path):
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
     for sample, i in zip(loader, range(len(dataset))):
         assert sample.key == dataset[i].key and np.array_equal(sample.masks, dataset[i].masks)
+
+
+def test_what_occurs_twice_is_named_and_taken_once(tmp_path):
+    """Masks of one test image may stand anywhere in {mask: image}; an image or a mask may not come twice."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    train = ['"data/images/a_0_1.png": ["masks/a_0_1_liver_0.png", "masks/a_0_1_liver_0.png"]',
+             '"images/a_1_1.png": []', '"other/images/a_0_1.png": ["masks/a_0_1_aorta_0.png"]',
+             '"images/b_0_1.png": ["masks/b_0_1_liver_0.png"]', '"images/c_0_1.png": 3']
+    (tmp_path / "image2label_train.json").write_text("{" + ", ".join(train) + "}")
+    test = {f"masks/b_{n}_1_{organ}_0.png": f"images/b_{n}_1.png" for organ in ("liver", "aorta") for n in (0, 2)}
+    (tmp_path / "label2image_test.json").write_text(json.dumps(test))
+    splits = {split: SAMed2D(tmp_path, split) for split in ("train", "val", "test")}
+    found = {s.key(i): [target for _, target in s.masks(i)] for s in splits.values() for i in range(len(s))}
+    assert found == {"a_0_1": ["liver"], "a_1_1": [], "b_0_1": ["liver", "aorta"], "b_2_1": ["liver", "aorta"]}
+    assert len(splits["test"]) == 2
+    problems = splits["test"].problems
+    for words in ("mask '_liver_0.png' twice", "'a_0_1.png' occurs twice", "c_0_1.png': 3 is not", "same case"):
+        assert sum(words in line for line in problems) == 1, problems
+    assert len(problems) == 4

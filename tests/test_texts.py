@@ -1,5 +1,6 @@
 """texts.py: attributes.json is complete and says what is so; texts of single images; texts otherwise than they should be."""
 import json
+import pickle
 import re
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 
 from common import ATTRIBUTES, InputError
 from conftest import ROOT, fails
-from data import make_batch, open_dataset
+from data import HEIGHTS, SIDES, make_batch, open_dataset
 from readers.sa_med2d import SAMed2D
 from readers.synapse import ORGANS
-from texts import Rephrased, Texts
+from texts import Rephrased, Texts, drop_words, split_wordings
 
 KNOWN = Texts("synapse")
 SAMPLES = [open_dataset("demo", image_size=64)[i] for i in range(2)]
@@ -33,12 +34,34 @@ def test_attributes_are_complete():
             assert set(attributes) == set(ATTRIBUTES), target
             for kind in ATTRIBUTES:
                 for modality, texts in lists(attributes[kind]):
-                    assert len(set(texts)) == len(texts) >= 4, (target, kind)
+                    assert len({t.lower() for t in texts}) == len(texts) >= 15, (target, kind)
                     assert modality in (None, "ct", "mr", "pet", "ultrasound", "x-ray", "endoscopy", "dermoscopy",
                                         "fundus")
                     every += texts
     for text in every:
-        assert 4 <= len(text.split()) <= 26 and text == text.strip() and text.isascii(), text
+        assert len(text.split()) <= 40 and text == text.strip() and text.isascii(), text
+
+
+def test_no_wording_is_of_two_structures():
+    """Nor is one that is held out of training drawn there for another data set's class of the name."""
+    classes, trained, held = {}, set(), set()
+    for entry in EVERYTHING.values():
+        for target, attributes in entry.items() if isinstance(entry, dict) else ():
+            for kind in ATTRIBUTES:
+                for _, texts in lists(attributes[kind]):
+                    for text in texts[5:]:
+                        assert classes.setdefault(text.lower(), target) == target, text
+                    trained.update(split_wordings(texts)[0]), held.update(split_wordings(texts)[1])
+    assert not trained & held and 0.15 < len(held) / len(trained | held) < 0.2
+
+
+@pytest.mark.parametrize("name, target", [("kvasir", "polyp"), ("sa-med2d", "polyp"), ("sa-med2d", "skin lesion"),
+                                          ("kits19", "kidney"), ("kits19", "kidney tumor"), ("sa-med2d", "lung")])
+def test_what_may_be_mirrored_has_no_side(name, target):
+    """One word of left or right among its wordings, and no image of the class is mirrored in training any more."""
+    said = " ".join([t for kind in ATTRIBUTES for _, texts in lists(EVERYTHING[name][target][kind]) for t in texts])
+    assert not SIDES.search(said)
+    assert target not in ("polyp", "skin lesion") or not HEIGHTS.search(said)  # nor turned upside down
 
 
 def test_texts_fit_the_context_of_clip():
@@ -58,16 +81,19 @@ def test_texts_of_the_real_samples(linked):
     ("right kidney", "right", "left"), ("liver", "right", "left"), ("gallbladder", "right", "left"),
     ("left kidney", "left", "right"), ("spleen", "left", "right"), ("stomach", "left", "right")])
 def test_sides(target, patient, image):
-    """Every position says the patient's side and the image's, which is the other, and neither the wrong way round."""
+    """The first positions say the patient's side and the image's, which is the other; none has them the wrong way round."""
     def of_patient(side, text):
         return re.search(rf"patient's {side}|{side} (upper abdomen|retroperitoneum) of the patient", text)
 
     def of_image(side, text):
-        return re.search(rf"{side}( \w+)? of the (spine in the )?image|image's (\w+ )?{side}|image {side}", text)
+        return re.search(rf"{side}( \w+)? of the (spine in the )?image|image's (\w+ )?{side}|image {side}|"
+                         rf"{side}[\w -]* of the (image|picture|scan)\b", text, re.I)
 
-    for text in KNOWN.wordings(target, "ct", "position"):
+    for text in KNOWN.wordings(target, "ct", "position")[:5]:
         assert of_patient(patient, text) and of_image(image, text), text
-        assert not of_patient(image, text) and not of_image(patient, text), text
+    for text in [*KNOWN.wordings(target, "ct", "position"), *Texts("sa-med2d").wordings(target, "ct", "position")]:
+        said = text.lower().replace(target, "")
+        assert not of_patient(image, said) and not of_image(patient, said), text
 
 
 def test_attribute_texts():
@@ -75,11 +101,51 @@ def test_attribute_texts():
     wordings = {kind: KNOWN.wordings("liver", "ct", kind) for kind in ATTRIBUTES}
     assert first == {kind: wordings[kind][0] for kind in ATTRIBUTES} == KNOWN("liver", "ct")
     rng = np.random.default_rng(0)
-    drawn = [KNOWN("liver", "ct", rng=rng) for _ in range(200)]
+    drawn = [KNOWN("liver", "ct", rng=rng) for _ in range(400)]
     for kind in ATTRIBUTES:
-        assert {d[kind] for d in drawn} == set(wordings[kind])
-    assert len({tuple(d.values()) for d in drawn}) > 50  # the attributes are drawn apart
+        assert {d[kind] for d in drawn} == set(split_wordings(wordings[kind])[0])
+    assert len({tuple(d.values()) for d in drawn}) > 300  # the attributes are drawn apart
+    last = {kind: len(wordings[kind]) - 1 for kind in ATTRIBUTES}  # by number every wording can be had
+    assert all(KNOWN("liver", "ct", number=n)[kind] == wordings[kind][-1] for kind, n in last.items())
     fails(lambda: KNOWN("heart", "ct"), "attributes.json", "class heart", '"heart": {"position"')
+
+
+@pytest.mark.parametrize("n, held", [(1, 0), (4, 0), (5, 1), (9, 1), (10, 2), (27, 5)])
+def test_the_last_fifth_is_held_out(n, held, tmp_path):
+    wordings = [f"text {i}" for i in range(n)]
+    assert split_wordings(wordings) == (wordings[:n - held], wordings[n - held:])
+    (tmp_path / "a.json").write_text(json.dumps({"mine": {"liver": dict.fromkeys(ATTRIBUTES, wordings)}}))
+    texts, rng = Texts("mine", tmp_path / "a.json"), np.random.default_rng(0)
+    assert {texts("liver", "ct", rng=rng)["shape"] for _ in range(50 * n)} == set(wordings[:n - held])
+    found = [texts.held_out("liver", "ct", k)["shape"] for k in range(2 * n)]
+    assert set(found) == set(wordings[n - held:] or wordings[1:2] or wordings)
+    assert not held or found[:held + 1] == [*wordings[n - held:], wordings[n - held]]
+
+
+def test_concepts_are_those_of_every_data_set(tmp_path):
+    """By name, whatever the data set or the modality, and an alias says nothing new."""
+    organ = lambda *texts: {kind: list(texts) for kind in ATTRIBUTES}
+    looks = {**organ("b"), "texture": {"ct": ["c"], "mr": ["d"]}, "shape": {"mr": ["e"], "ct": ["f"], "pet": ["g"]}}
+    content = {"demo": "one", "one": {"liver": organ(*"1234567890"), "heart": organ("a")}, "two": {"liver": looks}}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    concepts, rng = pickle.loads(pickle.dumps(Texts("demo", tmp_path / "a.json").concepts())), np.random.default_rng(0)
+    assert list(concepts) == ["liver", "heart"]
+    drawn = [tuple(concepts["liver"](rng).values()) for _ in range(900)]
+    assert {d for d in drawn if d[0] == "b"} == {("b", "c", "f"), ("b", "d", "e")}
+    assert {d[1] for d in drawn} == set("12345678cd") and 250 < sum(d[0] == "b" for d in drawn) < 750
+    content["two"]["liver"]["shape"]["mr"] = []
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    fails(lambda: Texts("demo", tmp_path / "a.json").concepts(), "two, liver, shape, mr")
+    assert KNOWN.concepts().keys() == {c for entry in EVERYTHING.values() if isinstance(entry, dict) for c in entry}
+
+
+def test_dropped_words():
+    rng, text = np.random.default_rng(0), "large homogeneous organ below the diaphragm"
+    assert drop_words(text, rng, 0) == text and drop_words("", rng, 0.5) == ""
+    assert {drop_words(text, rng, 1) for _ in range(9)} == {"large"}
+    drawn = [drop_words(text, rng, 0.3).split() for _ in range(500)]
+    assert all(words and words == [w for w in text.split() if w in words] for words in drawn)
+    assert np.mean([len(words) for words in drawn]) == pytest.approx(0.7 * 6, abs=0.15)
 
 
 def test_the_look_may_depend_on_the_modality(tmp_path):
@@ -121,11 +187,12 @@ def test_texts_of_single_images(tmp_path):
     lines = [dict(image=sample.key, target=target, position="here", shape=["round", "oval"]), None,
              dict(image=sample.case, target=others[0], texture="dark"),
              dict(image="elsewhere", target=target, position="there", texture="x", shape="y")]
-    path.write_text("\n".join(json.dumps(line) if line else "" for line in lines))
+    lines[2]["texture"] = "dark\x85\u2028here"  # a line ends at \n alone
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) if line else "" for line in lines), encoding="utf-8")
     texts = Texts("demo", per_image=path)
     plain = KNOWN(target, "ct")
     assert texts(target, "ct", sample) == {**plain, "position": "here", "shape": "round"}
-    assert texts(others[0], "ct", sample) == {**KNOWN(others[0], "ct"), "texture": "dark"}  # by its case
+    assert texts(others[0], "ct", sample) == {**KNOWN(others[0], "ct"), "texture": lines[2]["texture"]}  # by its case
     assert texts(target, "ct", SAMPLES[1]) == plain == texts(target, "ct")
     rng = np.random.default_rng(0)
     assert {texts(target, "ct", sample, rng)["shape"] for _ in range(40)} == {"round", "oval"}
@@ -147,7 +214,14 @@ def test_texts_otherwise_than_they_should_be():
     own = [texts(name, "ct") for name in ORGANS]
     assert [Rephrased(texts, "wrong", pairs)(name, "ct") for name in ORGANS] == own[1:] + own[:1]
     reworded = [Rephrased(texts, "reworded", pairs)(name, "ct") for name in ORGANS]
-    assert all(a[k] != b[k] and b[k] in texts.wordings(n, "ct", k) for n, a, b in zip(ORGANS, own, reworded) for k in a)
+    assert reworded == [texts.held_out(name, "ct") for name in ORGANS]
+    assert all(b[k] in split_wordings(texts.wordings(n, "ct", k))[1] for n, b in zip(ORGANS, reworded) for k in b)
+    sample = SAMPLES[0]
+    single = Texts("demo")
+    single.images = {(sample.key, "liver"): {"shape": ["round", "oval"]}}
+    changed = Rephrased(single, "reworded", pairs)("liver", "ct", sample)
+    assert changed == {**texts.held_out("liver", "ct"), "shape": "oval"}  # the second of a list too short to split
+    assert Rephrased(single, "own", pairs)("liver", "ct", sample)["shape"] == "round"
     assert set(Rephrased(texts, "empty", pairs)("liver", "ct").values()) == {""}
     with pytest.raises(InputError, match="--text wrong"):
         Rephrased(Texts("kvasir"), "wrong", [("polyp", "endoscopy")])
