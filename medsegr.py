@@ -259,7 +259,6 @@ class MedSegR(nn.Module):
         self.config = c = config or Config()
         self.sam, self.sam_hash = build_sam(c)
         self.clip = self.perceptual = self.cognitive = self.refine = self.gate = None
-        self.tokens = {}  # text -> (tokens [L,d], valid [L]): each wording is encoded once per run
         tune(self.sam.image_encoder, c.tune_encoder, c.lora_rank)
         if c.active_priors or "sem" in c.active_branches:
             self.clip = TextEncoder(c.clip)
@@ -327,8 +326,8 @@ class MedSegR(nn.Module):
     def encode_attributes(self, texts, empty=False):
         """M dicts with the texts "position", "texture" and "shape" -> the Priors of M targets.
 
-        Equal triples are computed once, and the frozen tokens of each wording once per run. An empty text is an error,
-        unless `empty` allows it: then the text encoder sees its start and end tokens alone.
+        Equal triples are computed once. An empty text is an error, unless `empty` allows it: then the text encoder sees
+        its start and end tokens alone.
         """
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
@@ -341,13 +340,10 @@ class MedSegR(nn.Module):
         if self.config.sentence:
             triples = [("; ".join(triple),) for triple in triples]
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
-        for text in {t for triple in row for t in triple} - self.tokens.keys():
-            # alone, so that rounding does not depend on which texts happened to come together
-            tokens, valid = (x[0] for x in self.clip([text]))
-            self.tokens[text] = tokens, valid, int(valid.nonzero().max()) + 1
-        T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
+        encoded = {t: self.clip.tokens(t) for triple in row for t in triple}
+        T, valid = (torch.stack([torch.stack([encoded[t][i] for t in triple]) for triple in row]) for i in (0, 1))
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
-        L = max(self.tokens[t][2] for triple in row for t in triple)  # behind the longest text nothing is read
+        L = max(length for _, _, length in encoded.values())  # behind the longest text nothing is read
         T_attr = self.cognitive(T[:, :, :L], valid[:, :, :L]) if self.cognitive else None
         index = torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
         return Priors(*heads, T_attr).take(index)

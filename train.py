@@ -281,11 +281,15 @@ def train(args, rank, world, device, signals):
             return model.encode_image(images)
 
     def view(n):
-        signals.check()
         return train_set.view(*divmod(n, args.views + 1), texts)
 
-    fill(cache, len(train_set) * (args.views + 1), view, encode, rank, world)
-    fill(cache, len(val_rows), lambda n: val_set[val_rows[n]], encode, rank, world, "encoding validation images")
+    def stamp(n):
+        signals.check()
+        return train_set.stamp(*divmod(n, args.views + 1))
+
+    fill(cache, len(train_set) * (args.views + 1), view, encode, rank, world, stamp=stamp)
+    fill(cache, len(val_rows), lambda n: val_set[val_rows[n]], encode, rank, world, "encoding validation images",
+         stamp=lambda n: val_set.stamp(val_rows[n]))
     if world > 1:
         dist.barrier()
 
