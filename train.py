@@ -125,13 +125,16 @@ def encode_ahead(r, train_set):
             return model.encode_image(images)
 
     def view(n):
-        r.signals.check()
         return train_set.view(*divmod(n, args.views + 1), r.texts)
 
+    def stamp(n):
+        r.signals.check()
+        return train_set.stamp(*divmod(n, args.views + 1))
+
     r.encode = encode
-    fill(r.cache, len(train_set) * (args.views + 1), view, encode, r.rank, r.world)
+    fill(r.cache, len(train_set) * (args.views + 1), view, encode, r.rank, r.world, stamp=stamp)
     fill(r.cache, len(r.val_rows), lambda n: r.val_set[r.val_rows[n]], encode, r.rank, r.world,
-         "encoding validation images")
+         "encoding validation images", stamp=lambda n: r.val_set.stamp(r.val_rows[n]))
     if r.world > 1:
         dist.barrier()
 

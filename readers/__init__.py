@@ -15,6 +15,7 @@ data.py can treat them alike:
     source.key(i)       the name of image i, unique in the data set
     source.case(i)      the patient or volume that it belongs to
     source.spacing(case)    of volumes: (z, y, x), the mm between voxels; None where nobody knows
+    source.file(i)      the Path of the file that holds image i; not of drawn ones
     source.read(i)      the Picture; InputError, in one line that names the file, for anything wrong with it
 
 Nothing is ever unpickled.

@@ -70,6 +70,9 @@ class KiTS19:
         case, axis, number = self.items[i]
         return f"{case}--{'zyx'[axis]}_{number:04d}"
 
+    def file(self, i):
+        return self.root / self.case(i) / "image.npy"
+
     def read(self, i):
         case, axis, number = self.items[i]
         if not self.opened or self.opened[0] != case:

@@ -48,9 +48,12 @@ class Kvasir:
 
     key = case
 
+    def file(self, i):
+        return self.root / "images" / self.files[self.items[i]]
+
     def read(self, i):
         name = self.files[self.items[i]]
-        image, mask = read_image(self.root / "images" / name, "RGB"), read_mask(self.find_mask(name))
+        image, mask = read_image(self.file(i), "RGB"), read_mask(self.find_mask(name))
         if mask.shape != image.shape[:2]:
             raise InputError(f"{self.find_mask(name)}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; "
                              "store both on one grid")

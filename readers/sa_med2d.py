@@ -113,13 +113,16 @@ class SAMed2D:
     def case(self, i):
         return describe(self.key(i))[1]
 
+    def file(self, i):
+        return self.root / "images" / self.image_name(i)
+
     def read(self, i, strict=False):
         """-> Picture. Masks that are empty or of another size than the image are passed over; strict: InputError.
 
         What they show is then neither a target nor absent; so it is with masks that are too small.
         """
         source, modality, classes = self.group(i)
-        image = read_image(self.root / "images" / self.image_name(i), "RGB")
+        image = read_image(self.file(i), "RGB")
         masks, targets, here, known = [], [], set(), self.looked_for
         for suffix, target in self.masks(i):
             if target is None:

@@ -48,6 +48,9 @@ class Synapse:
     def key(self, i):
         return f"{self.items[i][0]}_slice{self.items[i][1]:03d}"
 
+    def file(self, i):
+        return self.items[i][2]
+
     def spacing(self, case):
         """(z, y, x) in mm where `data.py prepare` has left it, else None: TransUNet's files do not hold it."""
         if self.spacings is None:

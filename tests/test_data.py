@@ -252,7 +252,7 @@ def test_empty_batch():
 # ---------------------------------------------------------------------------------------------------------------------
 # The order of the samples, the draws of a step
 
-ARGS = dict(seed=1, views=0, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
+ARGS = dict(align=True, dense_loss=1.0, contrastive_loss=0.5, seed=1, views=0, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
             absent=0.25)
 
 

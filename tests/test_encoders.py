@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import encoders
-from common import InputError
+from common import InputError, seeded
+from data import open_dataset
 from encoders import FeatureCache, fill
 from medsegr import Config, MedSegR
 
@@ -80,16 +81,132 @@ def test_size_limit(tmp_path):
     assert encode.calls == calls, "what this run has used must stay"
 
 
+def test_the_limit_is_that_of_all_processes_together(tmp_path):
+    encode, size = Encoder(), 16 * 16 * 2 + 128
+    caches = [FeatureCache(tmp_path, "key", 10.5 * size / 1e9) for _ in range(3)]
+    for n, image in enumerate(pictures(30)):
+        caches[n % 3](image[None], encode)
+    assert len(list(tmp_path.glob("*/*.npy"))) == 10
+
+
+def test_a_folder_that_cannot_be_made_is_said_and_done_without(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    cache, encode, images = FeatureCache(tmp_path / "file" / "cache", "key"), Encoder(), pictures(2)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and str(tmp_path / "file" / "cache") in said
+    cache(images, encode)
+    assert torch.equal(cache(images, encode), encode(images).half().float()) and cache.read(images[0]) is None
+    fill(cache, 2, lambda i: 1 / 0, encode)
+    assert not capsys.readouterr().out
+
+
+class Samples:
+    """Stands for a data set: sample(i) and stamp(i) of n images; counts those that are read."""
+
+    def __init__(self, n, seed=0):
+        self.images, self.read, self.stamp = pictures(n, seed), 0, "image {} of yesterday".format
+
+    def __call__(self, i):
+        self.read += 1
+        return type("Sample", (), dict(image=self.images[i].permute(1, 2, 0).numpy()))
+
+
 def test_fill_leaves_nothing_to_encode(tmp_path):
-    images = pictures(7).permute(0, 2, 3, 1).numpy()
-    sample = lambda i: type("Sample", (), dict(image=images[i]))
-    encode, cache = Encoder(), FeatureCache(tmp_path, "key")
+    samples, encode, cache = Samples(7), Encoder(), FeatureCache(tmp_path, "key")
     for rank in range(2):
-        fill(cache, 7, sample, encode, rank, 2)
+        fill(cache, 7, samples, encode, rank, 2)
     assert encode.calls == 7
-    cache(torch.from_numpy(images).permute(0, 3, 1, 2), encode)
-    fill(cache, 7, sample, encode)
-    assert encode.calls == 7
+    cache(samples.images, encode)
+    fill(cache, 7, samples, encode)
+    assert encode.calls == 7 and samples.read == 14
+
+
+def test_a_restart_reads_only_what_has_changed(tmp_path):
+    samples, encode = Samples(7), Encoder()
+    start = lambda: fill(FeatureCache(tmp_path, "key"), 7, samples, encode, stamp=samples.stamp)
+    start()
+    start()
+    assert encode.calls == samples.read == 7
+    samples.images[2] = 255 - samples.images[2]
+    samples.stamp = lambda i: f"image {i} of {'today' if i in (2, 3) else 'yesterday'}"
+    start()
+    assert encode.calls == 8 and samples.read == 9  # image 3 is what it was under another stamp
+    FeatureCache(tmp_path, "key").path(samples.images[5]).unlink()
+    start()
+    assert encode.calls == 9 and samples.read == 10
+    samples.images[0] = 255 - samples.images[0]  # even a stamp that lies leads to no wrong features
+    start()
+    assert FeatureCache(tmp_path, "key").read(samples.images[0]) is None
+    fill(FeatureCache(tmp_path, "other key"), 7, samples, encode, stamp=samples.stamp)
+    assert encode.calls == 16
+
+
+def test_a_restart_marks_what_it_does_not_read_as_used(tmp_path):
+    samples, encode, size = Samples(8), Encoder(), 16 * 16 * 2 + 128
+    fill(FeatureCache(tmp_path, "key"), 8, samples, encode, stamp=samples.stamp)
+    for file in tmp_path.glob("key/*"):
+        os.utime(file, (time.time() - 1000,) * 2, follow_symlinks=False)
+    cache = FeatureCache(tmp_path, "key", 9.5 * size / 1e9)
+    fill(cache, 8, samples, encode, stamp=samples.stamp)
+    cache(pictures(5, 1), encode)
+    assert all(cache.path(image).is_file() for image in samples.images)
+
+
+def test_a_full_cache_ends_the_encoding_ahead(tmp_path, capsys):
+    samples, encode, size = Samples(20), Encoder(), 16 * 16 * 2 + 128
+    cache = FeatureCache(tmp_path, "key", 10.5 * size / 1e9)
+    fill(cache, 20, samples, encode, stamp=samples.stamp)
+    kept = len(list(tmp_path.glob("*/*.npy")))
+    assert 8 < kept < 11 and encode.calls == kept + 1
+    fill(cache, 20, samples, encode)
+    assert encode.calls == samples.read == kept + 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "full" in said and "--cache-gb" in said
+    assert cache.read(samples.images[0]) is not None and cache.read(samples.images[15]) is None
+
+
+@pytest.mark.parametrize("name", ["kvasir", "sa-med2d", "demo"])
+def test_stamps_of_data_sets(name, real_data, linked, tmp_path):
+    """They tell images and variations apart, and a file from what it was before it was written again."""
+    if name == "demo":
+        assert open_dataset("demo").stamp(0) is None
+        return
+    root = linked("sa-med2d-mini") if name == "sa-med2d" else real_data / "kvasir"
+    dataset = open_dataset(name, root)
+    stamps = [dataset.stamp(i, number) for i in range(len(dataset)) for number in (0, 1)]
+    assert len(set(stamps)) == 2 * len(dataset) > 4 and stamps == [
+        open_dataset(name, root).stamp(i, number) for i in range(len(dataset)) for number in (0, 1)]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(dataset.source.file(0).read_bytes())
+    dataset.source.file = lambda i: copy
+    assert dataset.stamp(0) != stamps[0]
+    dataset.source.file = lambda i: tmp_path / "missing.png"
+    assert dataset.stamp(0) is None
+
+
+# if these numbers change by more than rounding, raise encoders.ENCODING_VERSION: features on disk are then not found
+ENCODINGS = dict(lite_medsam=[-0.5391, 0.2056, -0.2725, -1.1842, 0.7003, -0.6606, -0.2873, -1.2879],
+                 vit_b=[0.8236, 0.544, 0.3975, -0.5192, 2.0629, 0.7034, -1.3107, -0.8793],
+                 sam_med2d=[0.9813, 1.5491, 0.2695, -0.8653, 0.5349, 0.1031, -2.2769, -0.2912])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["lite_medsam", "vit_b", "sam_med2d"])
+def test_encodings_are_those_of_this_version(backbone):
+    """Features of a fixed image from an encoder with drawn weights, SAM's resized from 256 to 96 pixels."""
+    S = 96
+    model = MedSegR(Config(backbone=backbone, sam_checkpoint="random", branches=("sam",), image_size=S)).eval()
+    encoder = model.sam.image_encoder
+    if backbone != "lite_medsam":
+        encoders.resize_vit(encoder, 256)
+    for name, p in encoder.named_parameters():
+        scale = 1 if "biases" in name or "rel_pos" in name else 0.03
+        p.copy_(torch.from_numpy(scale * seeded(name).standard_normal(p.shape) + (p.dim() == 1 and "weight" in name)))
+    if backbone != "lite_medsam":
+        encoders.resize_vit(encoder, S)
+    features = model.encode_image(torch.from_numpy(seeded("image").integers(0, 256, (1, 3, S, S), np.uint8)))[0]
+    np.testing.assert_allclose(features[::32, 1, 2], ENCODINGS[backbone], rtol=1e-3, atol=1e-3)
+    assert encoders.ENCODING_VERSION == 1
 
 
 def test_key_knows_what_the_features_depend_on():
@@ -119,6 +236,16 @@ def test_clip_tokens_are_open_clips():
             setattr(clip, name, getattr(encoder.tower, name))
         torch.testing.assert_close(end, clip.encode_text(ids), rtol=1e-4, atol=1e-4)
     assert tokens[~valid].abs().max() == 0
+
+
+def test_tokens_of_the_last_texts_are_kept(monkeypatch):
+    monkeypatch.setattr(encoders, "KEPT_TEXTS", 3)
+    encoder = encoders.TextEncoder("minilm")
+    encoder.kept.clear()
+    for text in ("a", "b", "c", "a", "d", "e"):
+        tokens, valid, length = encoder.tokens(text)
+        assert torch.equal(tokens, encoder([text])[0][0]) and valid.sum() == length == 3  # with a start and an end
+    assert [text for text, _ in encoder.kept] == ["a", "d", "e"]
 
 
 def test_minilm_tokens_are_its_own():
@@ -156,15 +283,16 @@ def test_sam_med2d(tmp_path):
     assert state["image_encoder.pos_embed"].shape == (1, 16, 16, 768)
     assert state["image_encoder.blocks.2.attn.rel_pos_h"].shape[0] == 31  # of its global attention; windows have 27
     model = MedSegR(Config(backbone="sam_med2d", sam_checkpoint=str(tmp_path / "b.pth"), branches=("sam",))).eval()
-    block, x = model.sam.image_encoder.blocks[0], torch.randn(1, 16, 16, 768)
+    block, y = model.sam.image_encoder.blocks[2], torch.randn(1, 16, 16, 768)  # one with global attention
     with torch.no_grad():
-        y = block.mlp(x)
+        before = y + block.attn(block.norm1(y))
+        y, x = block(y), block.norm2(before)
         mlp = block.mlp.lin2(F.gelu(block.mlp.lin1(x)))
         a, s = block.Adapter, x.permute(0, 3, 1, 2)
         weights = torch.sigmoid(F.linear(F.relu(F.linear(s.mean((2, 3)), a.channel[0].weight)), a.channel[2].weight))
         mixed = F.relu(F.conv2d(weights[..., None, None] * s, a.spatial[0].weight, stride=2, padding=1))
         mixed = F.relu(F.conv_transpose2d(mixed, a.spatial[2].weight, stride=2, padding=1)).permute(0, 2, 3, 1)
-        expected = mlp + F.layer_norm(x + mixed, (768,), a.norm.weight, a.norm.bias)
+        expected = before + mlp + F.layer_norm(x + mixed, (768,), a.norm.weight, a.norm.bias)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
         blue = torch.zeros(1, 3, 256, 256)
         blue[:, 2] = 255
@@ -174,6 +302,25 @@ def test_sam_med2d(tmp_path):
         torch.testing.assert_close(features, model.sam.image_encoder(x))
     with pytest.raises(InputError, match="sam-med2d_b.pth"):
         MedSegR(Config(backbone="sam_med2d"))
+
+
+@pytest.mark.parametrize("backbone, names", [
+    ("lite_medsam", ["layers.1.blocks.0.attn.attention_biases", "layers.3.blocks.1.attn.norm.weight",
+                     "layers.2.blocks.5.attn.qkv.weight", "layers.1.blocks.1.attn.proj.bias"]),
+    ("sam_med2d", ["blocks.3.attn.rel_pos_h", "blocks.0.attn.qkv.weight", "blocks.11.mlp.lin1.bias",
+                   "blocks.5.norm2.weight", "blocks.7.Adapter.spatial.2.weight", "pos_embed"])])
+def test_trained_encoders_keep_their_names(backbone, names):
+    """Checkpoints hold these names, and every one of these parameters has a gradient."""
+    model = MedSegR(Config(backbone=backbone, sam_checkpoint="random", branches=("sam",), image_size=64,
+                           tune_encoder="all"))
+    trained = {n.removeprefix("sam.image_encoder."): p for n, p in model.trained().items() if "image_encoder" in n}
+    assert set(names) <= trained.keys() and not any("idxs" in n for n in model.state_dict())
+    model.encode_image(torch.rand(1, 3, 64, 64) * 255).square().sum().backward()
+    assert [n for n, p in trained.items() if p.grad is None] == []
+    lora = MedSegR(Config(backbone=backbone, sam_checkpoint="random", branches=("sam",), image_size=64,
+                          tune_encoder="lora")).trained()
+    qkv = next(n for n in names if "qkv" in n).removesuffix(".weight")
+    assert {f"sam.image_encoder.{qkv}.parametrizations.weight.0.{m}" for m in "AB"} <= lora.keys()
 
 
 @pytest.mark.parametrize("make", ["missing", "truncated", "other model", "pickled code"])

@@ -207,7 +207,7 @@ def test_what_lies_behind_the_longest_text_is_not_computed():
     model = small()
     with torch.no_grad():
         T_attr = model.encode_attributes(TEXTS).T_attr
-        T, valid = (torch.stack([torch.stack([model.tokens[text[a]][i] for a in ATTRIBUTES]) for text in TEXTS])
+        T, valid = (torch.stack([torch.stack([model.clip.tokens(text[a])[i] for a in ATTRIBUTES]) for text in TEXTS])
                     for i in (0, 1))
         assert valid.any((0, 1)).sum() < valid.shape[2]
         torch.testing.assert_close(T_attr, model.cognitive(T, valid))
@@ -304,12 +304,15 @@ def test_text_steers_only_its_own_target():
 
 def test_tokens_do_not_depend_on_company():
     """Bit for bit, or a resumed run, which meets its texts in another order, would drift."""
-    one, other = small().train(), small().eval()  # and not on the mode: frozen encoders do not drop anything out
-    one.encode_attributes(TEXTS)
-    for text in reversed(TEXTS):
-        other.encode_attributes([text])
-    assert one.tokens.keys() == other.tokens.keys()
-    assert all(torch.equal(one.tokens[t][0], other.tokens[t][0]) for t in one.tokens)
+    kept = []
+    for model, groups in ((small().train(), [TEXTS]),  # and not on the mode: frozen encoders do not drop anything out
+                          (small().eval(), [[text] for text in reversed(TEXTS)])):
+        model.clip.kept.clear()
+        for texts in groups:
+            model.encode_attributes(texts)
+        kept.append(dict(model.clip.kept))
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) == len({t for text in TEXTS for t in text.values()})
+    assert all(torch.equal(kept[0][t][0], kept[1][t][0]) for t in kept[0])
 
 
 def test_explanation_shows_every_step():
