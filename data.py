@@ -445,12 +445,7 @@ class Batches(torch.utils.data.Dataset):
         prompt = self.prompt_of(step)
         samples = [self.draw(step, place, *which, prompt) for place, which in enumerate(self.rows(step))
                    if place % self.world == self.rank]
-        parts = [self.join(samples[n::self.accumulate]) for n in range(self.accumulate)]
-        rng = lambda *what: seeded("words", self.seed, step, *what)  # the same for all ranks and parts of a step
-        for part in parts:
-            part.dense_texts = [self.texts(*structure, rng=rng(*structure)) for structure in part.structures]
-            part.contrast = draw_pairs(self.concepts, self.dataset.classes, rng())
-        return parts
+        return [self.join(samples[n::self.accumulate], step) for n in range(self.accumulate)]
 
     def rows(self, step):
         """[(number of the sample, of its view)] of a step, of all ranks together."""
@@ -491,13 +486,16 @@ class Batches(torch.utils.data.Dataset):
         batch.features = self.cache.read(batch.images[0])
         return batch
 
-    def join(self, batches):
+    def join(self, batches, step):
         """One Batch of several, each of one image; the images stay behind where all features are there."""
+        words = lambda *what: seeded("words", self.seed, step, *what)  # the same for all ranks and parts of a step
+        contrast = draw_pairs(self.concepts, self.dataset.classes, words())
         if not batches:
             S = self.dataset.image_size
             return Batch(torch.zeros(0, 3, S, S, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64),
                          torch.zeros(0, S, S, dtype=torch.bool), [], [],
-                         dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool), known=torch.zeros(0, 0).bool())
+                         dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool), known=torch.zeros(0, 0).bool(),
+                         contrast=contrast)
         structures = sorted({s for b in batches for s in b.structures})
         dense_masks, known = join_structures(batches, structures) if self.dense else (None, None)
         cat = lambda name: torch.cat([getattr(b, name) for b in batches])
@@ -510,7 +508,8 @@ class Batches(torch.utils.data.Dataset):
             boxes=None if batches[0].boxes is None else cat("boxes"), theta=cat("theta") if self.jitter else None,
             features=torch.from_numpy(np.stack([b.features for b in batches])) if have else None,
             clicks=cat("clicks") if self.rounds > 1 else None,
-            structures=structures, dense_masks=dense_masks, known=known)
+            structures=structures, dense_masks=dense_masks, known=known, contrast=contrast,
+            dense_texts=[self.texts(*structure, rng=words(*structure)) for structure in structures])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

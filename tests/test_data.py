@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import data
 from common import ATTRIBUTES
 from conftest import ROOT, fails
-from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, make_batch, make_sample, move,
+from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, draw_pairs, make_batch, make_sample, move,
                   open_dataset, point_prompt, prompt_rng, to_original, vary)
 from encoders import FeatureCache
 from readers.pictures import Picture
@@ -252,8 +252,8 @@ def test_empty_batch():
 # ---------------------------------------------------------------------------------------------------------------------
 # The order of the samples, the draws of a step
 
-ARGS = dict(align=True, dense_loss=1.0, contrastive_loss=0.5, seed=1, views=0, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
-            absent=0.25)
+ARGS = dict(seed=1, views=0, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
+            absent=0.25, align=True, dense_loss=1.0, contrastive_loss=0.5)
 
 
 class Numbers(list):
@@ -273,7 +273,7 @@ def of(dataset, rank=0, world=1, first=0, last=100, **args):
 def test_an_epoch_visits_every_sample_once(n, batch, accumulate, world, monkeypatch):
     """All ranks together, whatever does not divide evenly, and in another order each time."""
     monkeypatch.setattr(Batches, "draw", lambda self, step, place, number, view, prompt: number)
-    monkeypatch.setattr(Batches, "join", lambda self, samples: samples)
+    monkeypatch.setattr(Batches, "join", lambda self, samples, step: samples)
     ranks = [of(Numbers(n), rank, world, batch_size=batch, accumulate=accumulate) for rank in range(world)]
     epochs = []
     for epoch in range(2):
@@ -301,6 +301,12 @@ def flat(batches):
                   for b in batches for m in range(len(b.targets)))
 
 
+def flat_structures(batches):
+    """One line per image and structure of it: is it known, how much of it is there, in which words."""
+    return sorted((*b.structures[k], *b.dense_texts[k].values(), b.dense_masks[i, k].sum().item(), *b.theta[i].flatten())
+                  for b in batches for i, k in b.known.nonzero().tolist())
+
+
 @pytest.mark.parametrize("prompt", ["none", "point", "box", "mixed"])
 def test_draws_do_not_depend_on_who_draws(prompt):
     """One process, three, accumulated, resumed: the same targets, wordings, prompts and movements."""
@@ -311,8 +317,21 @@ def test_draws_do_not_depend_on_who_draws(prompt):
     for step in range(4):
         one = flat(whole[step])
         assert one and one == flat([b for rank in parts for b in rank[step]])
+        shares = [b for rank in parts for b in rank[step]]
+        assert flat_structures(whole[step]) == flat_structures(shares)
+        assert all(b.contrast == whole[step][0].contrast for b in shares)
         assert whole.clicks_of(step, 2) == parts[2].clicks_of(step, 2)
     assert flat(whole[3]) == flat(resumed[0])
+
+
+def test_pairs_of_texts():
+    """Two of each structure, those of the data set first, all in wordings to train with."""
+    concepts = Texts("synapse").concepts()
+    pairs = draw_pairs(concepts, ("liver", "aorta"), np.random.default_rng(0), most=5)
+    assert len(pairs) == 10 and all(set(text) == {"position", "texture", "shape"} for text in pairs)
+    several = [draw_pairs(concepts, ("liver",), np.random.default_rng(n), most=1)[0]["position"] for n in range(30)]
+    livers = {concepts["liver"](np.random.default_rng(n))["position"] for n in range(500)}
+    assert set(several) <= livers and len(set(several)) > 5
 
 
 def test_a_process_without_a_share_has_an_empty_batch():
