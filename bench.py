@@ -79,11 +79,9 @@ def parse():
             add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
             add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
         if name != "index":
-            add("--repeats", type=count, default=5, help="turns of each; what takes long has only one")
+            add("--repeats", type=count, default=50, help="at most; fewer where they take long")
             add("--quick", action="store_true", help="a first look")
     args = parser.parse_args()
-    if getattr(args, "quick", False):
-        args.repeats = min(args.repeats, 2)
     gpu = machine()["gpu"]
     args.device = getattr(args, "device", "cpu") or ("cuda" if gpu else "cpu")
     if args.device == "cuda" and not gpu:

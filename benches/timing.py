@@ -1,48 +1,53 @@
 """Times of what takes turns, and the memory of what has a process of its own."""
 import re
 import statistics
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer, timer
 
 
-def once(f):
-    """Seconds of one call, on a GPU until all of it is done."""
-    started = timer()
-    f()
-    return timer() - started
+def timed(f, n=1):
+    """Seconds per call of n calls, on a GPU until all of them are done."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
+    started = time.perf_counter()
+    for _ in range(n):
+        f()
+    wait()
+    return (time.perf_counter() - started) / n
 
 
 def measure(calls, args, rivals=(), slow=3):
     """{name: function} -> {name: dict(ms, min_ms, max_ms, samples[, peak_mb])}, {name: why there is none}.
 
     A first round warms up and sorts out: what takes over `slow` seconds keeps its one time, and of the rivals only
-    those near the fastest go on. The rest takes args.repeats turns, each PyTorch's own blocked_autorange.
+    those near the fastest go on. The rest takes turns of a millisecond or more (on a GPU ten), 3 times or more, for
+    most of a second. torch.utils.benchmark's turns of 15 ms and more measure, on a busy machine, the other programs.
     """
     times, failed, peak, cuda = {}, {}, {}, args.device == "cuda"
-    timers = {name: Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads()) for name, f in calls.items()}
     for name, f in calls.items():
         try:
             if cuda:
                 held = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-            times[name] = [once(f)]
+            times[name] = [timed(f)]
             if cuda:
                 peak[name] = dict(peak_mb=(torch.cuda.max_memory_allocated() - held) / 2 ** 20)
             if times[name][0] < 1:
-                times[name] = timers[name].blocked_autorange(min_run_time=0.005).times
+                times[name] = [timed(f, max(1, int(5e-3 / times[name][0])))]
         except RuntimeError as e:  # no kernel for this dtype, or out of memory
             if name == "ours":
                 raise
             failed[name] = " ".join(str(e).split())[:100]
-    fastest = min((min(times[n]) for n in rivals if n in times), default=0)
-    turns = {n: [] for n, t in times.items() if min(t) <= (min(slow, 1.5 * fastest) if n in rivals else slow)}
-    for _ in range(args.repeats):
+    near = 1.5 * min((times[n][0] for n in rivals if n in times), default=0)
+    turns = {n: [] for n, (t,) in times.items() if t <= (min(slow, near) if n in rivals else slow)}
+    lap = sum(max(times[n][0], 1e-3) for n in turns)
+    for _ in range(min(args.repeats, max(3, int((0.2 if args.quick else 0.7) / max(lap, 1e-3))))):
         for name, found in turns.items():
-            found += timers[name].blocked_autorange(min_run_time=0.05).times
+            found.append(timed(calls[name], max(1, int((1e-2 if cuda else 1e-3) / times[name][0]))))
     return {name: dict(ms=1000 * statistics.median(t), min_ms=1000 * min(t), max_ms=1000 * max(t), samples=len(t),
                        **peak.get(name, {})) for name, t in (times | turns).items()}, failed
 

@@ -11,7 +11,7 @@ import torch
 import encoders
 import medsegr
 import ops
-from benches.timing import in_a_process, measure, memory, once
+from benches.timing import in_a_process, measure, memory, timed
 from common import LIGHT, InputError
 from data import Batch
 from inference import autocast
@@ -86,6 +86,10 @@ def bench_train(args):
     return record
 
 
+def repeats(args):
+    return min(args.repeats, 2 if args.quick else 7)
+
+
 def show_steps(title, args, rows):
     """{name: function -> seconds of steps, MB} -> {name: what was measured}, printed; ratio: to the first's time."""
     print(f"\n{title}, {args.batch_size} images with {args.targets} targets each",
@@ -135,20 +139,19 @@ def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
 
-    once(step)
-    times = [once(step) for _ in range(args.repeats)]
+    timed(step)
+    times = [timed(step) for _ in range(repeats(args))]
     return times, torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else memory()["peak"]
 
 
 # run in the folder of SAM-Med2D, whose modules have names that ours have too
 PEER = """
-import json, sys, types
+import json, sys, time, types
 from argparse import Namespace
 apex = types.ModuleType("apex")
 apex.amp = None
 sys.modules["apex"] = apex  # needed for mixed precision alone
 import torch
-from torch.utils.benchmark import timer
 import train
 
 class Quiet(list):
@@ -170,9 +173,11 @@ for _ in range(1 + repeats):
     loader = [dict(image=torch.randn(B, 1, 3, S, S), label=label.clone(),
                    boxes=torch.tensor([0.2, 0.3, 0.6, 0.7]).repeat(B, T, 1, 1) * S,
                    point_coords=torch.full((B, T, 1, 2), 0.45 * S), point_labels=torch.ones(B, T, 1, dtype=torch.int))]
-    started = timer()
+    started = time.perf_counter()
     train.train_one_epoch(args, model, optimizer, loader, 0, train.FocalDiceloss_IoULoss())
-    times.append(timer() - started)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - started)
 peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else int(
     open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
 print(json.dumps([times[1:], peak]))
@@ -181,7 +186,7 @@ print(json.dumps([times[1:], peak]))
 
 def peer_steps(args, size):
     """SAM-Med2D's own train_one_epoch on one batch, with its adapters and its nine optimiser steps."""
-    settings = json.dumps([args.batch_size, args.targets, size, args.device, args.repeats])
+    settings = json.dumps([args.batch_size, args.targets, size, args.device, repeats(args)])
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEER, settings], cwd=args.peer, text=True,
                           capture_output=True)
     if done.returncode:
