@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 import encoders  # noqa: E402
 import medsegr  # noqa: E402
 import runs  # noqa: E402
-from common import InputError  # noqa: E402
+from common import LIGHT, InputError  # noqa: E402
 
 encoders.TextEncoder = medsegr.TextEncoder = functools.lru_cache(maxsize=None)(encoders.TextEncoder)
 
@@ -58,14 +58,14 @@ def linked(tmp_path, real_data):
 @pytest.fixture(scope="module")
 def small():
     """An untrained model that is quick."""
-    return medsegr.MedSegR(medsegr.Config(image_size=64, feature_grid=8)).eval()
+    return medsegr.MedSegR(medsegr.Config(**LIGHT, image_size=64, feature_grid=8)).eval()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small model whose heads do something, saved; -> (model, its folder)."""
     torch.manual_seed(0)
-    model = medsegr.MedSegR(medsegr.Config(image_size=64, feature_grid=8)).eval()
+    model = medsegr.MedSegR(medsegr.Config(**LIGHT, image_size=64, feature_grid=8)).eval()
     for head in model.perceptual.children():
         torch.nn.init.normal_(head.linear.weight, std=0.3)
     torch.nn.init.normal_(model.refine.out.weight, std=0.02)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import encoders
-from common import InputError, seeded
+from common import LIGHT, InputError, seeded
 from data import open_dataset
 from encoders import FeatureCache, fill
 from medsegr import Config, MedSegR
@@ -210,11 +210,11 @@ def test_encodings_are_those_of_this_version(backbone):
 
 
 def test_key_knows_what_the_features_depend_on():
-    keys = [MedSegR(Config(branches=("sam",), **c)).features_key() for c in (
+    keys = [MedSegR(Config(**LIGHT, branches=("sam",), **c)).features_key() for c in (
         dict(image_size=64), dict(image_size=96), dict(image_size=64, normalize="sam"),
         dict(image_size=64, feature_grid=8), dict(image_size=64, sam_checkpoint="random"))]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == MedSegR(Config(image_size=64, priors=("texture",))).features_key()
+    assert keys[0] == MedSegR(Config(**LIGHT, image_size=64, priors=("texture",))).features_key()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_wrong_sam_checkpoint_is_named(tmp_path, make):
                 return os.mkdir, (str(tmp_path / "executed"),)
         path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(InputError, match="sam.pth"):
-        MedSegR(Config(sam_checkpoint=str(path)))
+        MedSegR(Config(**LIGHT, sam_checkpoint=str(path)))
     assert not (tmp_path / "executed").exists()
 
 

@@ -8,7 +8,7 @@ from segment_anything import sam_model_registry
 
 import medsegr
 import ops
-from common import ATTRIBUTES, InputError
+from common import ATTRIBUTES, LIGHT, InputError
 from medsegr import BRANCHES, Config, MedSegR
 from train import segmentation_loss
 
@@ -21,7 +21,7 @@ FIVE = [TEXTS[i] for i in (0, 1, 2, 0, 1)]
 
 def small(**switches):
     """A full model that is quick: LiteMedSAM on 64 pixels, features of 16 x 16."""
-    return MedSegR(Config(image_size=64, **switches))
+    return MedSegR(Config(**LIGHT, image_size=64, **switches))
 
 
 def prompts(S, kind, generator):
@@ -89,7 +89,7 @@ def test_untrained_model_is_sam(name, S, tmp_path):
 
 @pytest.fixture(scope="module")
 def lite():
-    return MedSegR(Config()).eval()
+    return MedSegR(Config(**LIGHT)).eval()
 
 
 @pytest.mark.parametrize("kind", ["none", "point", "box"])
@@ -331,7 +331,7 @@ def test_no_targets():
 
 
 def test_pooled_features_are_sam_on_pooled_features(lite):
-    pooled = MedSegR(Config(feature_grid=32)).eval()
+    pooled = MedSegR(Config(**LIGHT, feature_grid=32)).eval()
     images = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
     with torch.no_grad():
         features = F.avg_pool2d(lite.encode_image(images), 2)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from common import InputError
+from common import LIGHT, InputError
 from medsegr import Config, MedSegR
 from runs import load_checkpoint, load_training, newest_checkpoint, save_checkpoint
 from test_medsegr import FIVE, INDEX, perturb, small
@@ -71,7 +71,7 @@ def test_the_newest_checkpoint_is_taken(tmp_path):
 
 def test_damaged_training_state_is_named(tmp_path):
     (tmp_path / "training.safetensors").write_bytes(b"damaged")
-    model = MedSegR(Config(branches=("sam",), image_size=64))
+    model = MedSegR(Config(**LIGHT, branches=("sam",), image_size=64))
     optimizer = torch.optim.AdamW(model.trained().values())
     with pytest.raises(InputError, match="damaged"):
         load_training(tmp_path / "training.safetensors", model, optimizer)
