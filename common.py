@@ -96,11 +96,14 @@ def read_text(path):
 
 
 def read_json(path, remedy="correct it"):
-    """What a JSON file holds; InputError with the remedy where it is none."""
+    """The JSON object in a file, as a dict; InputError with the remedy where there is none."""
     try:
-        return json.loads(read_text(path))
+        found = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as e:
         raise InputError(f"{path}: damaged or not JSON ({e}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object {{...}}; {remedy}")
+    return found
 
 
 def visible(folder, pattern="*"):

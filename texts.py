@@ -39,7 +39,6 @@ class Texts:
     def __init__(self, name, path=None, per_image=None):
         self.name, self.path = name, Path(path or HERE / "attributes.json")
         entries = read_json(self.path)
-        entries = entries if isinstance(entries, dict) else {}
         entry = entries.get(name)
         entry = entries.get(entry) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):

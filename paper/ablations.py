@@ -55,8 +55,8 @@ def read_rows(tables):
             raise InputError(f"--tables {name}: unknown; give some of {' '.join(TABLES)}, or a JSON file of rows")
         form = 'write {"a name": ["--lr", "3e-4"], ...}, flags of train.py'
         rows = read_json(name, form)
-        if not (isinstance(rows, dict) and rows and all(
-                isinstance(flags, list) and all(isinstance(flag, str) for flag in flags) for flags in rows.values())):
+        if not rows or not all(isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)
+                               for flags in rows.values()):
             raise InputError(f"{name}: not rows; {form}")
         chosen[Path(name).stem] = {row: tuple(flags) for row, flags in rows.items()}
     return chosen

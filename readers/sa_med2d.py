@@ -258,11 +258,8 @@ def entries(path):
 
 def read_class_ids(path, problem):
     """{class: id} -> {id as int: class}; problem(kind, path, text) is called for what cannot be used of it."""
-    mapping = read_json(path, "copy the file again")
-    if not isinstance(mapping, dict):
-        raise InputError(f"{path}: not a JSON object {{class: id}}; copy the file again")
     ids = {}
-    for name, number in mapping.items():
+    for name, number in read_json(path, "copy the file again").items():
         if not re.fullmatch(r"[0-9]{1,9}", str(number)) or not class_name(name):
             problem("class id", path, f"{quoted(name)} has the id {quoted(number)}; give a name an id like \"0001\"")
         elif ids.setdefault(int(number), class_name(name)) != class_name(name):

@@ -170,7 +170,7 @@ def test_bad_attributes(tmp_path):
 
     fails(lambda: Texts("synapse", path), path)
     refuses("{", "not JSON")
-    refuses("[]", "no texts for data set synapse")
+    refuses("[]", "not a JSON object")
     refuses(good, "no texts for data set kits19", '"kits19": {', '"position": ["..."]', name="kits19")
     refuses({"demo": "kits19", **good}, "demo", name="demo")
     refuses({"synapse": {t: organ for t in ORGANS[1:]}}, "class spleen", '"spleen": {"position"')
