@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low=-math.inf, high=math.inf, kind=float, above=-math.inf):
-    """For argparse's `type=`: a function text -> float (or int, with kind) within low..high and above `above`; its error
-    says which numbers it takes."""
+    """For argparse's `type=`: a function text -> float (or int, with kind) within low..high and above `above`; its
+    error says which numbers it takes."""
     bounds = [f"above {above}"] if above > -math.inf else [f"at least {low}"] if low > -math.inf else []
     bounds += [f"at most {high}"] if high < math.inf else []
     takes = ("a whole number" if kind is int else "a number") + (f", {' and '.join(bounds)}" if bounds else "")
@@ -107,7 +107,7 @@ def read_json(path, remedy="correct it"):
 
 
 def visible(folder, pattern="*"):
-    """The paths in a folder, sorted by name, but hidden ones: macOS leaves a ._NAME beside every NAME that it copies."""
+    """The paths in a folder but hidden ones, sorted: macOS leaves a ._NAME beside every NAME that it copies."""
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
 
 
@@ -143,8 +143,8 @@ def write_atomically(path, content):
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """Holds PATH's lock and yields True; without `wait` yields False where another process holds it. Where locks are not
-    supported (Windows, some network disks) it yields True at once."""
+    """Holds PATH's lock and yields True; without `wait` yields False where another process holds it. Where locks are
+    not supported (Windows, some network disks) it yields True at once."""
     with open(path, "w") as file:
         ours = True
         try:

@@ -409,8 +409,8 @@ class Indexer:
         keep[np.unique(view(self.hashes), return_index=True)[1]] = True  # where each occurs first
         if not keep.all():
             for row in np.flatnonzero(~keep):
-                self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is taken, "
-                             "take out the other")
+                self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is "
+                             "taken, take out the other")
             suffix, counts, at = suffix[np.repeat(keep, counts)], counts[keep], self.name_at
             lengths, group, case = lengths[keep], group[keep], case[keep]
             # in parts: millions of slices at once would take more memory than the names
