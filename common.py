@@ -36,8 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low=-math.inf, high=math.inf, kind=float, above=-math.inf):
-    """For argparse's `type=`: a function text -> float (or int, with kind) within low..high and above `above`; its error
-    says which numbers it takes."""
+    """For argparse's `type=`: a function text -> float (or int, with kind) within low..high and above `above`; its
+    error says which numbers it takes."""
     bounds = [f"above {above}"] if above > -math.inf else [f"at least {low}"] if low > -math.inf else []
     bounds += [f"at most {high}"] if high < math.inf else []
     takes = ("a whole number" if kind is int else "a number") + (f", {' and '.join(bounds)}" if bounds else "")
@@ -99,15 +99,18 @@ def read_text(path):
 
 
 def read_json(path, remedy="correct it"):
-    """What a JSON file holds; InputError with the remedy where it is none."""
+    """The JSON object in a file, as a dict; InputError with the remedy where there is none."""
     try:
-        return json.loads(read_text(path))
+        found = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as e:
         raise InputError(f"{path}: damaged or not JSON ({e}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a JSON object {{...}}; {remedy}")
+    return found
 
 
 def visible(folder, pattern="*"):
-    """The paths in a folder, sorted by name, but hidden ones: macOS leaves a ._NAME beside every NAME that it copies."""
+    """The paths in a folder but hidden ones, sorted: macOS leaves a ._NAME beside every NAME that it copies."""
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
 
 
@@ -143,8 +146,8 @@ def write_atomically(path, content):
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """Holds PATH's lock and yields True; without `wait` yields False where another process holds it. Where locks are not
-    supported (Windows, some network disks) it yields True at once."""
+    """Holds PATH's lock and yields True; without `wait` yields False where another process holds it. Where locks are
+    not supported (Windows, some network disks) it yields True at once."""
     with open(path, "w") as file:
         ours = True
         try:

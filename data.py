@@ -519,7 +519,8 @@ def add_data_flags(parser):
     add = parser.add_argument
     add("--dataset", help=", ".join(SOURCES))
     add("--data", help="folder of the data (default: data/<dataset>)")
-    add("--axes", choices=("xyz", "z"), help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
+    add("--axes", choices=("xyz", "z"),
+        help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
     add("--overlap", type=number(0, 1), help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
     add("--contrast", type=number(0, 10), help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
     add("--size", type=number(high=3, above=0), help="demo: factor on the organs' size, up to 3 (default 1)")

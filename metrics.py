@@ -363,9 +363,9 @@ class Journal:
             if lines and lines[0] == self.first_line:
                 self.lines[str(part)] = lines
         for case in (json.loads(line) for lines in self.lines.values() for line in lines[1:]):
-            if case["first"] not in self.done:
-                self.done.add(case["first"])
-                self.keep(case["volume"], case["targets"]) if rank == 0 else None
+            if rank == 0 and case["first"] not in self.done:  # the rows are gathered there
+                self.keep(case["volume"], case["targets"])
+            self.done.add(case["first"])
 
     def parts(self):
         """The files of all processes."""

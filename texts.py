@@ -39,13 +39,12 @@ class Texts:
     def __init__(self, name, path=None, per_image=None):
         self.name, self.path = name, Path(path or HERE / "attributes.json")
         entries = read_json(self.path)
-        entries = entries if isinstance(entries, dict) else {}
         entry = entries.get(name)
         entry = entries.get(entry) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
             raise InputError(f'{self.path}: no texts for data set {name}; add "{name}": {{"<class>": {FORM}, ...}}')
         self.classes = entry
-        self.described = [other for other, value in entries.items() if isinstance(value, dict)]  # not by another's texts
+        self.described = [other for other, value in entries.items() if isinstance(value, dict)]  # with texts of its own
         self.images = read_image_texts(per_image) if per_image else {}
 
     def check(self, pairs):
@@ -92,7 +91,7 @@ class Texts:
         return self.choose(target, modality, sample, draw)
 
     def held_out(self, target, modality, k=0, sample=None):
-        """{attribute: text}: each in its k-th wording of those held out; of a list too short for that, in its second."""
+        """{attribute: text}: each in the k-th wording held out; where the list is too short for that, in its second."""
         def pick(wordings):
             held = split_wordings(wordings)[1] or wordings[1:2] or wordings
             return held[k % len(held)]

@@ -23,8 +23,8 @@ OFF = ("--branches", "sam")  # SAM with its decoder tuned: no text, no stage
 
 
 def subsets(names, *flags):
-    """{row: flags of train.py} of all subsets but the empty one, in the paper's order: one, two, all three, which is the
-    full model and needs no flag."""
+    """{row: flags of train.py} of all subsets but the empty one, in the paper's order: one, two, all three, which is
+    the full model and needs no flag."""
     a, b, c = names
     chosen = [(a,), (b,), (c,), (a, b), (a, c), (b, c)]
     return {"+".join(x): tuple(part for flag in flags for part in (flag, *x)) for x in chosen} | {"+".join(names): ()}
@@ -55,8 +55,8 @@ def read_rows(tables):
             raise InputError(f"--tables {name}: unknown; give some of {' '.join(TABLES)}, or a JSON file of rows")
         form = 'write {"a name": ["--lr", "3e-4"], ...}, flags of train.py'
         rows = read_json(name, form)
-        if not (isinstance(rows, dict) and rows and all(
-                isinstance(flags, list) and all(isinstance(flag, str) for flag in flags) for flags in rows.values())):
+        if not rows or not all(isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)
+                               for flags in rows.values()):
             raise InputError(f"{name}: not rows; {form}")
         chosen[Path(name).stem] = {row: tuple(flags) for row, flags in rows.items()}
     return chosen
@@ -138,13 +138,14 @@ def table_text(table, numbers, about):
     for row, values in numbers.items():
         cells = [row, *"----"]
         if values:
-            cells = [row, f"{100 * np.mean(values):.2f}", f"{100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "-",
-                     str(len(values)),
+            spread = f"{100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+            cells = [row, f"{100 * np.mean(values):.2f}", spread, str(len(values)),
                      f"{100 * (np.mean(values) - np.mean(numbers[full])):+.2f}" if numbers[full] else "-"]
         if row in paper["rows"]:
             cells += [f"{v:.2f}" for v in paper["rows"][row]]
             cells += [f"{v - w:+.2f}" for v, w in zip(paper["rows"][row], paper["rows"][full])]
         rows.append(cells)
     title = f"table {table}" if table.isdigit() else table
-    return (f"**{title}**: {about.get('dataset')}, {about.get('split')}, prompt {about.get('prompt')}, mean Dice (strict)"
-            "\n\n" + markdown(heads, rows) + ("\n\\* other data than ours: compare the differences\n" * bool(paper["rows"])))
+    return (f"**{title}**: {about.get('dataset')}, {about.get('split')}, prompt {about.get('prompt')}, "
+            "mean Dice (strict)\n\n" + markdown(heads, rows)
+            + ("\n\\* other data than ours: compare the differences\n" if paper["rows"] else ""))

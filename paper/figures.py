@@ -193,7 +193,7 @@ def figure6(evaluations, path, tables):
     if tables:
         remedy = "holds no figure6; make it with: python eval.py --tables figure6"
         rows = read_json(tables, remedy)
-        if not isinstance(rows, dict) or "figure6" not in rows:
+        if "figure6" not in rows:
             raise InputError(f"{tables}: {remedy}")
         fractions = {row: values for row, values in rows["figure6"].items() if values}
     for label, e in evaluations:

@@ -70,8 +70,8 @@ def average(dice):
 
 
 def beside_the_papers(head, rows, same, papers, label, ours):
-    """Markdown of our rows, the paper's, {method: numbers as printed}, and what `ours`, the numbers of `label`, differ by
-    from its MedSeg-R. same: on the same data, so that they compare."""
+    """Markdown of our rows, the paper's, {method: numbers as printed}, and what `ours`, the numbers of `label`, differ
+    by from its MedSeg-R. same: on the same data, so that they compare."""
     star = "" if same else "*"
     rows = rows + [[f"paper: {name}{star}", *(f"{v:.2f}" for v in values)] for name, values in papers.items()]
     if papers:

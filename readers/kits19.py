@@ -93,5 +93,6 @@ class KiTS19:
         except (OSError, ValueError, EOFError) as e:
             raise InputError(f"{path}: missing or truncated ({e}); {AGAIN}") from None
         if volume.dtype != np.uint8 or list(volume.shape) != shape:
-            raise InputError(f"{path}: is {volume.dtype} {list(volume.shape)}, but case.json says uint8 {shape}; {AGAIN}")
+            raise InputError(f"{path}: is {volume.dtype} {list(volume.shape)}, but case.json says uint8 {shape}; "
+                             f"{AGAIN}")
         return volume

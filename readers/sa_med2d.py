@@ -261,11 +261,8 @@ def entries(path):
 
 def read_class_ids(path, problem):
     """{class: id} -> {id as int: class}; problem(kind, path, text) is called for what cannot be used of it."""
-    mapping = read_json(path, "copy the file again")
-    if not isinstance(mapping, dict):
-        raise InputError(f"{path}: not a JSON object {{class: id}}; copy the file again")
     ids = {}
-    for name, number in mapping.items():
+    for name, number in read_json(path, "copy the file again").items():
         if not re.fullmatch(r"[0-9]{1,9}", str(number)) or not class_name(name):
             problem("class id", path, f"{quoted(name)} has the id {quoted(number)}; give a name an id like \"0001\"")
         elif ids.setdefault(int(number), class_name(name)) != class_name(name):
@@ -415,8 +412,8 @@ class Indexer:
         keep[np.unique(view(self.hashes), return_index=True)[1]] = True  # where each occurs first
         if not keep.all():
             for row in np.flatnonzero(~keep):
-                self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is taken, "
-                             "take out the other")
+                self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is "
+                             "taken, take out the other")
             suffix, counts, at = suffix[np.repeat(keep, counts)], counts[keep], self.name_at
             lengths, group, case = lengths[keep], group[keep], case[keep]
             # in parts: millions of slices at once would take more memory than the names

@@ -103,8 +103,8 @@ def choose_window(asked, modality, low, high, sample, path):
     if modality == "ct" and low < 0 and high - low >= 100:
         return WINDOWS["synapse"]
     if modality == "ct":
-        raise InputError(f"{path}: the values run from {low:g} to {high:g}, which are not HU; give --window LOW HIGH, or "
-                         "another --modality")
+        raise InputError(f"{path}: the values run from {low:g} to {high:g}, which are not HU; give --window LOW HIGH, "
+                         "or another --modality")
     return tuple(np.percentile(sample, (0.5, 99.5)))
 
 

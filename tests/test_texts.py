@@ -81,7 +81,7 @@ def test_texts_of_the_real_samples(linked):
     ("right kidney", "right", "left"), ("liver", "right", "left"), ("gallbladder", "right", "left"),
     ("left kidney", "left", "right"), ("spleen", "left", "right"), ("stomach", "left", "right")])
 def test_sides(target, patient, image):
-    """The first positions say the patient's side and the image's, which is the other; none has them the wrong way round."""
+    """The first positions say the patient's side and the image's, which is the other; none has them swapped."""
     def of_patient(side, text):
         return re.search(rf"patient's {side}|{side} (upper abdomen|retroperitoneum) of the patient", text)
 
@@ -170,7 +170,7 @@ def test_bad_attributes(tmp_path):
 
     fails(lambda: Texts("synapse", path), path)
     refuses("{", "not JSON")
-    refuses("[]", "no texts for data set synapse")
+    refuses("[]", "not a JSON object")
     refuses(good, "no texts for data set kits19", '"kits19": {', '"position": ["..."]', name="kits19")
     refuses({"demo": "kits19", **good}, "demo", name="demo")
     refuses({"synapse": {t: organ for t in ORGANS[1:]}}, "class spleen", '"spleen": {"position"')
