@@ -10,7 +10,7 @@ import medsegr
 import ops
 from common import ATTRIBUTES, LIGHT, InputError
 from medsegr import BRANCHES, Config, MedSegR
-from train import segmentation_loss
+from losses import segmentation_loss
 
 WORDS = (("left", "bright", "round"), ("right", "dark", "long"), ("middle", "speckled", "wedge-like"))
 TEXTS = [dict(position=f"in the {side} upper abdomen", texture=f"{kind} soft tissue", shape=f"{shape} outline")
@@ -76,7 +76,7 @@ def assert_identity(model, sam, features, kind):
 def test_untrained_model_is_sam(name, S, tmp_path):
     torch.manual_seed(0)
     sam = plain_vit_sam(name, tmp_path / "sam.pth", S)
-    model = MedSegR(Config(backbone=name, sam_checkpoint=str(tmp_path / "sam.pth"), image_size=S)).eval()
+    model = MedSegR(Config(name, str(tmp_path / "sam.pth"), "minilm", image_size=S)).eval()
     (tmp_path / "sam.pth").unlink()  # up to 2.5 GB
     images = torch.randint(0, 256, (3, 3, S, S), dtype=torch.uint8)
     with torch.no_grad():
@@ -236,8 +236,10 @@ def test_channel_attention_is_equation_4():
     expected = fused.clone()
     for m in range(M):
         t = block.norm_text(T_attr[m])
-        attr = block.scale(t)[:, None, None] * PE[0] + block.shift(t)[:, None, None]
-        q, k, v = block.q(block.norm(fused[m:m + 1]))[0], block.k(attr[None])[0], block.v(attr[None])[0]
+        normed = block.norm(fused[m:m + 1])
+        scale, shift, film = (f(t)[:, None, None] for f in (block.scale, block.shift, block.film))
+        attr = scale * PE[0] + shift + film * normed[0]
+        q, k, v = block.q(normed)[0], block.k(attr[None])[0], block.v(attr[None])[0]
         mixed = torch.zeros(C, H, W)
         for h in range(heads):
             group = range(h * C // heads, (h + 1) * C // heads)

@@ -130,7 +130,7 @@ def test_bad_rows_are_named(content, tmp_path):
 def test_a_real_row(tmp_path):
     """One step of training and three images, through the scripts themselves."""
     ablations.run_tables(["baselines"], [0], tmp_path, ["--dataset", "demo", "--cache", "none"], ["--limit", "3"],
-                         ["--image-size", "64", "--feature-grid", "8", "--limit", "2", "--max-steps", "1",
+                         ["--light", "--image-size", "64", "--feature-grid", "8", "--limit", "2", "--max-steps", "1",
                           "--val-slices", "1", "--batch-size", "2", "--workers", "0"])
     numbers = json.loads((tmp_path / "tables.json").read_text())["baselines"]
     assert all(len(v) == 1 and 0 <= v[0] <= 1 for v in numbers.values()) and len(numbers) == 3
