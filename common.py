@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import sys
 import tempfile
@@ -26,6 +27,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message + "; --help lists the flags")
+
+
+def number(low, high=math.inf, kind=float):
+    """For argparse's type=: a number from low to high, of kind int a whole one; its error names the range."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: give {what} "
+                                             + (f"of at least {low}" if high == math.inf else f"from {low} to {high}"))
+        return value
+    return convert
 
 
 def keep_freed_memory():

@@ -154,7 +154,7 @@ def test_bad_uploads(page, tmp_path):
     assert page.hosts == {f"127.0.0.1:{page.port}"}
 
 
-@pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"]])
+@pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"], ["--port", "99999"]])
 def test_bad_flags_are_named(flags, monkeypatch):
     from common import InputError
     monkeypatch.setattr(sys, "argv", ["app.py", *flags])
@@ -164,5 +164,6 @@ def test_bad_flags_are_named(flags, monkeypatch):
 
 def test_nothing_trained_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("runs.WEIGHTS", tmp_path / "none.safetensors")
     model, dataset, about = app.load(None)
     assert dataset == "synapse" and "untrained" in about and isinstance(model, torch.nn.Module)

@@ -23,7 +23,6 @@ MAY = {
     "medsegr": ("common", "ops", "encoders"),
     "inference": ("common", "readers", "texts", "data", "encoders", "medsegr"),
     "runs": ("common", "medsegr", "encoders", "plots"),
-    "explain": ("common", "metrics", "plots", "medsegr", "inference"),
 }
 BY_A_FLAG = {("eval", "paper"), ("bench", "benches")}  # a command's own flag imports a wing, within a function
 
