@@ -1,6 +1,6 @@
 """A page to try the model on: an image, its texts, points and a box by hand; the mask and what the texts did.
 
-    python app.py                      the newest checkpoint in out, or the untrained model on LiteMedSAM's weights
+    python app.py                      the newest checkpoint in out, or what weights/ ships, or an untrained model
     python app.py --checkpoint out/synapse --port 7860
 
 It runs on this machine (127.0.0.1) and sends nothing anywhere.
@@ -22,13 +22,12 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import plots  # noqa: E402
-from common import ATTRIBUTES, InputError, Parser, run  # noqa: E402
+from common import ATTRIBUTES, LIGHT, InputError, Parser, number, run  # noqa: E402
 from data import VARIATION  # noqa: E402
-from explain import explain  # noqa: E402
-from inference import predict_image  # noqa: E402
+from inference import explain, predict_image  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
-from runs import load_checkpoint, newest_checkpoint  # noqa: E402
+from runs import default_checkpoint, load_checkpoint  # noqa: E402
 from texts import Texts  # noqa: E402
 
 CLICKS = ("inside the structure", "outside of it")
@@ -80,19 +79,19 @@ DRAG = """() => {
 def load(checkpoint, **given):
     """-> (model, the data set whose texts it knows, a line that says what it is)."""
     try:
-        checkpoint = checkpoint or newest_checkpoint()
+        checkpoint = checkpoint or default_checkpoint()
     except InputError:  # nothing trained yet
         about = ("**untrained**: the texts do nothing yet, and it gives the masks of LiteMedSAM, which needs a box; "
                  "`make demo` trains a small one")
-        return MedSegR(Config(**given)).eval(), "synapse", about
+        return MedSegR(Config(**LIGHT | {k: v for k, v in given.items() if v})).eval(), "synapse", about
     model, record = load_checkpoint(checkpoint, **given)
-    return model, record.get("dataset") or "synapse", f"trained on {record.get('dataset') or 'unknown data'}"
+    dataset = record.get("dataset")
+    return model, dataset or "synapse", f"{checkpoint}, trained on {dataset or 'unknown data'}"
 
 
 def drawn(number=0):
     """uint8 [256,256,3]: one of the demo's slices."""
-    image = (255 * Demo("test").read(number).image).round().astype(np.uint8)
-    return np.repeat(image[..., None], 3, 2)
+    return rgb((255 * Demo("test").read(number).image).round().astype(np.uint8))
 
 
 def rgb(pixels):
@@ -107,11 +106,7 @@ def marked(image, clicks, mask=None, name="mask"):
     axis = figure.add_axes((0, 0, 1, 1))
     plots.overlay(axis, image, [(name, mask)] if mask is not None and mask.any() else [], {name: plots.COLOURS[0]})
     axis.axis("off")
-    for (x, y), label in zip(clicks["points"], clicks["labels"]):
-        axis.plot(x, y, marker="+" if label else "x", color="white", markersize=9, markeredgewidth=2)
-    if clicks["box"]:
-        x0, y0, x1, y1 = clicks["box"]
-        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--"))
+    plots.prompts(axis, clicks["box"], zip(clicks["points"], clicks["labels"]))
     axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
@@ -140,14 +135,13 @@ def find(model, image, clicks, name, texts, with_explanation):
     image = rgb(image)
     boxes = np.array([clicks["box"]], np.float32) if clicks["box"] else None
     points = (np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])) if clicks["points"] else None
-    triple = dict(zip(ATTRIBUTES, texts))
-    answer = predict_image(model, image, [triple], boxes, points)
-    mask = answer.probability[0] > 0.5
-    picture = None
+    asked, picture = [dict(zip(ATTRIBUTES, texts))], None
+    answer = predict_image(model, image, asked, boxes, points)
+    mask = answer.masks[0]
     if with_explanation:
-        file = io.BytesIO()
-        explain(model, image, answer, boxes, points, 0, name, [triple], file)
-        picture = Image.open(file)
+        picture = io.BytesIO()
+        plots.explanation(picture, name, explain(model, image, answer, 0, asked, boxes, points))
+        picture = Image.open(picture)
     said = f"{name}: not found; add a box or a point, or other texts"
     if mask.any():
         said = (f"{name}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
@@ -159,7 +153,7 @@ def build(model, dataset, about):
     """The page."""
     texts = Texts(dataset)
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
-    first_modality = texts_modality(texts, first)
+    first_modality = texts_modality(texts.classes[first])
 
     def fill(name, modality):
         try:
@@ -193,7 +187,7 @@ def build(model, dataset, about):
         shown = gr.Image(label="mask", elem_id="mask", interactive=False, height=400, buttons=["download"])
         explained = gr.Image(label="what the texts did", format="png", elem_id="explained", interactive=False,
                              buttons=["download", "fullscreen"])
-        number = gr.State(0)
+        turn = gr.State(0)
 
         def on_click(clicks, original, kind, event: gr.SelectData):
             clicks = click(clicks, kind, *event.index)
@@ -203,16 +197,16 @@ def build(model, dataset, about):
             clicks = drag(clicks, dragged)
             return clicks, marked(rgb(original), clicks)
 
-        def next_slice(number):
-            number = (number + 1) % 32
-            return number, drawn(number), drawn(number), NOTHING
+        def next_slice(turn):
+            turn = (turn + 1) % 32
+            return turn, drawn(turn), drawn(turn), NOTHING
 
         image.upload(lambda new: (new, NOTHING), image, [original, clicks])
         image.clear(lambda: (None, NOTHING), None, [original, clicks])
         image.select(on_click, [clicks, original, kind], [clicks, image])
         dragged.change(on_drag, [clicks, original, dragged], [clicks, image])
         clear.click(lambda original: (NOTHING, original), original, [clicks, image])
-        another.click(next_slice, number, [number, original, image, clicks])
+        another.click(next_slice, turn, [turn, original, image, clicks])
         name.select(fill, [name, modality], boxes)
         modality.select(fill, [name, modality], boxes)
 
@@ -226,30 +220,23 @@ def build(model, dataset, about):
     return page
 
 
-def texts_modality(texts, name):
-    """A modality that a class has texts for."""
-    for modality in VARIATION:
-        try:
-            texts(name, modality)
-            return modality
-        except InputError:
-            continue
-    return "ct"
+def texts_modality(known):
+    """The first modality that all texts of a class, its entry of attributes.json, speak of."""
+    tied = [texts for texts in known.values() if isinstance(texts, dict)]
+    return next((modality for modality in VARIATION if all(modality in texts for texts in tied)), "ct")
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", help="a .safetensors file or its folder (default: newest in out)")
-    parser.add_argument("--dataset", help="whose classes are offered (default: the checkpoint's)")
-    parser.add_argument("--sam-checkpoint"), parser.add_argument("--clip")
-    parser.add_argument("--port", type=int, default=7860)
+    add = parser.add_argument
+    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else what weights/ ships)")
+    add("--dataset", help="whose classes are offered (default: the checkpoint's)")
+    add("--sam-checkpoint"), add("--clip")
+    add("--port", type=number(1, 65535, int), default=7860)
     args = parser.parse_args()
-    given = {k: getattr(args, k) for k in ("sam_checkpoint", "clip") if getattr(args, k)}
-    if args.checkpoint and not Path(args.checkpoint).exists():
-        raise InputError(f"--checkpoint {args.checkpoint}: no such file or folder; train one with: make demo")
-    model, dataset, about = load(args.checkpoint, **given)
+    model, dataset, about = load(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
+    print(f"{about}\n{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder as well
     with tempfile.TemporaryDirectory(prefix="medsegr-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder

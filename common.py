@@ -244,14 +244,10 @@ def model_options(args):
 
 
 def add_runtime_flags(parser):
-    """The flags that train.py and eval.py share."""
-    precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    parser.add_argument("--precision", default=precision, help="float32, bfloat16 or float16 (autocast)")
-    parser.add_argument("--cache", default="cache", help="folder for image features; none: keep none")
-    parser.add_argument("--cache-gb", type=float, default=20.0, help="size limit of that folder")
-
-
-def check_runtime_flags(args):
-    if args.precision not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"--precision {args.precision}: choose float32, bfloat16 or float16")
-    args.cache = None if args.cache == "none" else args.cache
+    """The flags that train.py, eval.py and predict.py share; "none" as --cache becomes None."""
+    add = parser.add_argument
+    add("--precision", default="bfloat16" if torch.cuda.is_available() else "float32",
+        choices=("float32", "bfloat16", "float16"), help="of the computation (autocast); default here: %(default)s")
+    add("--cache", default="cache", type=lambda folder: None if folder == "none" else folder,
+        help="folder for image features; none: keep none")
+    add("--cache-gb", type=number(0), default=20.0, help="size limit of that folder")

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import plots
-from common import (InputError, Parser, add_runtime_flags, check_runtime_flags, make_folder, run, start_processes,
-                    whole)
-from data import PROMPTS, add_data_flags, knobs, open_dataset
+from common import (InputError, Parser, add_model_flags, add_runtime_flags, make_folder, model_options, number, run,
+                    start_processes, whole)
+from data import PROMPTS, SPLITS, add_data_flags, knobs, open_dataset
 from encoders import FeatureCache, fingerprint
-from inference import Predictor, answers, by_class, label_maps, original_image, predict
+from inference import Predictor, answers, by_class, label_maps, largest_components, original_image, predict
 from medsegr import Config, MedSegR
 from metrics import (Journal, Scores, dice, iou, mean, overlap_rate, print_table, score, score_labels,
                      summarise)
@@ -28,31 +28,34 @@ from texts import TEXTS, Rephrased, Texts
 # ---------------------------------------------------------------------------------------------------------------------
 # All of a data set
 
-def evaluate_case(predictor, dataset, first, end, step=lambda: None):
+def evaluate_case(predictor, dataset, first, end, step=lambda: None, largest_component=False):
     """The images first..end - 1 of a case -> (rows of its volume, rows of its targets), as Scores.add takes them."""
-    volume, targets, slices = [], [], []
+    maps, volume, targets = [], [], []
     for i in range(first, end):
         sample = predictor.prepare(dataset[i])
         if dataset.volumes:
-            slices.append((*label_maps(predictor, sample, dataset), i))
-            found = [each for each in by_class(*slices[-1][:2], dataset.classes) if each[2].any()]
-        else:
-            found = answers(*predictor(sample), sample)
-        overlap = overlap_rate(np.stack([truth for *_, truth in found]), [name for name, *_ in found]) if found else ()
-        for (name, a, b), rate in zip(found, overlap):
-            numbers = dict(dice_strict=dice(a, b), iou_strict=iou(a, b)) if dataset.volumes else score(a, b)
-            numbers |= dict(area=float(b.mean()), overlap=float(rate))
-            targets.append((i, sample.case, name, sample.modality, numbers))
+            maps.append(label_maps(predictor, sample, dataset.classes))
+        else:  # an image is a case of its own
+            images = [answers(*predictor(sample), sample)]
         step()
     if dataset.volumes:
-        prediction, truth = (np.stack([s[k] for s in slices]) for k in (0, 1))
+        prediction, truth = map(np.stack, zip(*maps))
+        prediction = largest_components(prediction) if largest_component else prediction
+        present = lambda found: [each for each in found if each[2].any()]
+        images = (present(by_class(*pair, dataset.classes)) for pair in zip(prediction, truth))
         # the slice with most classes, then with most of them
-        shown = max(slices, key=lambda s: (len(np.unique(s[1])), (s[1] > 0).sum()))[2]
+        shown = first + max(range(len(truth)), key=lambda z: (len(np.unique(truth[z])), (truth[z] > 0).sum()))
         spacing = dataset.source.spacing(sample.case)
         mm = score_labels(prediction, truth, dataset.classes, spacing) if spacing else {}
         for name, numbers in score_labels(prediction, truth, dataset.classes).items():
             numbers |= {f"{k}_mm": mm[name][k] for k in ("hd95", "hd95_strict") if mm}
             volume.append((shown, sample.case, name, sample.modality, numbers))
+    for i, found in enumerate(images, first):
+        overlap = overlap_rate(np.stack([truth for *_, truth in found]), [name for name, *_ in found]) if found else ()
+        for (name, a, b), rate in zip(found, overlap):
+            numbers = dict(dice_strict=dice(a, b), iou_strict=iou(a, b)) if dataset.volumes else score(a, b)
+            numbers |= dict(area=float(b.mean()), overlap=float(rate))
+            targets.append((i, sample.case, name, sample.modality, numbers))
     return volume, targets
 
 
@@ -64,10 +67,11 @@ def cases_of(dataset):
     return sorted(zip(starts, [*starts[1:], len(dataset)]), key=lambda case: case[0] - case[1])
 
 
-def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True):
+def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True, largest_component=False):
     """-> (Scores of the volumes, Scores of the targets), on rank 0; the cases are shared out among the processes.
 
     A case is a volume, or else an image of its own. A data set without volumes has no rows in the first.
+    largest_component: of each class in a volume, that part alone.
     """
     journal = journal or Journal()
     if world > 1:
@@ -77,7 +81,7 @@ def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True):
     with tqdm(total=sum(end - first for first, end in todo), desc=f"evaluating, prompt {predictor.prompt}",
               unit="image", disable=not progress or rank > 0, mininterval=1) as bar:
         for first, end in todo:
-            journal.add(first, *evaluate_case(predictor, dataset, first, end, bar.update))
+            journal.add(first, *evaluate_case(predictor, dataset, first, end, bar.update, largest_component))
     found = [journal.scores]
     if world > 1:
         found = [None] * world if rank == 0 else None
@@ -99,49 +103,48 @@ def typical(scores):
     dice = {row: np.nanmean(values) for (_, row), values in cases.items() if not np.isnan(values).all()}
     ranked = sorted(((float(v), row) for row, v in dice.items()), reverse=True)
     chosen = dict.fromkeys((0, len(ranked) // 2, len(ranked) - 1)) if ranked else ()
-    names = ["best case", "median case", "worst case"] if len(chosen) == 3 else ["best case", "worst case"][:len(chosen)]
+    names = ("best case", "median case", "worst case") if len(chosen) == 3 else ("best case", "worst case")
     return [(name, *ranked[i]) for name, i in zip(names, chosen)]
 
 
 def draw_typical(predictors, dataset, scores, path, title):
     """A PNG of image, truth and each predictor's masks in the best, median and worst case of `scores`, which are those
-    of one of them. predictors: {name: Predictor}."""
-    panels = []
+    of one of them, a row for each; nothing where none has a Dice. predictors: {name: Predictor}."""
+    pictures = []
     for note, _, row in typical(scores):
-        columns = []
+        sample = next(iter(predictors.values())).prepare(dataset[row])  # all are asked with the same prompt
+        image, truth = original_image(sample), list(zip(sample.targets, sample.truth))
+        pictures += [(f"{note}: {sample.key}", image, []), ("truth", image, truth)]
         for name, predictor in predictors.items():
-            sample = predictor.prepare(dataset[row])
             found = predict(predictor, sample, dataset)
             value = mean(dice(a, b) for _, a, b in found)
-            columns.append((name if value is None else f"{name}, Dice {value:.2f}",
-                            [(asked, a) for asked, a, _ in found if a.any()]))
-        truth = "truth", list(zip(sample.targets, sample.truth))
-        panels.append((note, sample.key, original_image(sample), [truth, *columns]))
-    plots.examples(panels, path, title)
+            pictures.append((name if value is None else f"{name}, Dice {value:.2f}", image,
+                             [(asked, a) for asked, a, _ in found if a.any()]))
+    if pictures:
+        plots.contact_sheet(pictures, path, title, 2 + len(predictors), inches=3)
+        print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def build_model(args, checkpoint, like=None):
     """-> (model, the checkpoint's record); "sam": the untouched backbone, of the flags or of the Config `like`."""
-    given = {k: getattr(args, k) for k in ("sam_checkpoint", "clip") if getattr(args, k)}
-    if checkpoint != "sam":
-        for flag in ("backbone", "image_size", "normalize"):
-            if getattr(args, flag) and args.checkpoint != "sam":
-                raise InputError(f"--{flag.replace('_', '-')}: a checkpoint has its own; leave it out, "
-                                 "or evaluate the untouched backbone with --checkpoint sam")
-        model, record = load_checkpoint(checkpoint, **given)
-        if like and model.config.image_size != like.image_size:
-            raise InputError(f"--beside {checkpoint}: is for {model.config.image_size} pixels, --checkpoint for "
-                             f"{like.image_size}; give two of one size")
-        return model, record
-    if args.prompt == "none":
-        raise InputError("sam --prompt none: without text and prompt SAM cannot know what is asked for; "
-                         "give --prompt point or box")
-    flags = ("backbone", "image_size", "normalize")
-    given |= ({k: getattr(like, k) for k in (*flags, "sam_checkpoint")} if like
-              else {k: getattr(args, k) for k in flags if getattr(args, k)})
-    return MedSegR(Config(branches=("sam",), **given)).eval(), {}
+    own, given = ("backbone", "image_size", "normalize"), model_options(args)
+    if checkpoint == "sam":
+        if args.prompt == "none":
+            raise InputError("sam --prompt none: without text and prompt SAM cannot know what is asked for; "
+                             "give --prompt point or box")
+        given |= {k: getattr(like, k) for k in (*own, "sam_checkpoint")} if like else {}
+        return MedSegR(Config(branches=("sam",), **given)).eval(), {}
+    for flag in own if args.checkpoint != "sam" else ():
+        if flag in given:
+            raise InputError(f"--{flag.replace('_', '-')}: a checkpoint has its own; leave it out, "
+                             "or evaluate the untouched backbone with --checkpoint sam")
+    model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
+    if like and model.config.image_size != like.image_size:
+        raise InputError(f"--beside {checkpoint}: is for {model.config.image_size} pixels, --checkpoint for "
+                         f"{like.image_size}; give two of one size")
+    return model, record
 
 
 def parse():
@@ -149,17 +152,18 @@ def parse():
     add = parser.add_argument
     add("--checkpoint", help="a .safetensors file or its folder; sam: the untouched backbone (default: newest in out)")
     add_data_flags(parser)
-    add("--split", default="test", help="test or val")
-    add("--prompt", default="none", help="none, point or box")
-    add("--points", type=int, default=1, help="points per target, with --prompt point")
-    add("--text", default="own", help="own, or how far Dice falls with others: reworded, wrong (the next class's), empty")
+    add("--split", default="test", choices=SPLITS)
+    add("--prompt", default="none", choices=PROMPTS)
+    add("--points", type=number(1, kind=int), default=1, help="points per target, with --prompt point")
+    add("--text", default="own", choices=TEXTS, help="how far does Dice fall with others? wrong: the next class's")
+    add("--mean-wordings", type=number(1, 100, int), metavar="N", help="the mean over up to N wordings of a class's texts")
+    add("--largest-component", action="store_true", help="of each class in a volume, keep the largest part alone")
     add("--limit", type=int, help="only the first N slices")
     add("--seed", type=int, default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")
     add("--plots", help="write overlays to this folder")
     add("--beside", help="with --plots: a second checkpoint to draw, or sam")
-    add("--backbone"), add("--image-size", type=int), add("--normalize")
-    add("--sam-checkpoint"), add("--clip")
+    add_model_flags(parser)
     add_runtime_flags(parser)
     group = parser.add_argument_group("rows of tables 3 to 6 and figure 6 (paper/ablations.py)")
     group.add_argument("--tables", nargs="+", help="3 4 5 6 baselines figure6, or a JSON file of rows")
@@ -167,13 +171,8 @@ def parse():
     group.add_argument("--out", default="out/tables")
     group.add_argument("train_flags", nargs="*", metavar="-- flags of train.py")
     args = parser.parse_args()
-    check_runtime_flags(args)
-    if args.prompt not in PROMPTS:
-        raise InputError(f"--prompt {args.prompt}: choose from {', '.join(PROMPTS)}")
-    if args.points < 1:
-        raise InputError(f"--points {args.points}: give at least 1")
-    if args.text not in TEXTS:
-        raise InputError(f"--text {args.text}: choose from {', '.join(TEXTS)}")
+    if args.mean_wordings and args.text != "own":
+        raise InputError(f"--mean-wordings: is for a class's own texts, not for --text {args.text}; leave one out")
     if args.beside and not args.plots:
         raise InputError("--beside is drawn by --plots; give a folder with --plots")
     if args.train_flags and not args.tables:
@@ -183,8 +182,9 @@ def parse():
 
 def flags_of(args, *names):
     """The command line that gives these arguments their values."""
-    return [part for name in names if getattr(args, name) is not None
-            for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    return [part for flag, value in given.items() if value is not None and value is not False
+            for part in ((flag,) if value is True else (flag, str(value)))]
 
 
 def main():
@@ -194,8 +194,8 @@ def main():
         args.cache = args.cache or "none"
         both = flags_of(args, "dataset", "data", "axes", "overlap", "contrast", "size", "attributes_file", "texts",
                         "precision", "cache", "cache_gb", "prompt", "points")
-        return run_tables(args.tables, args.seeds, args.out, both, flags_of(args, "split", "limit", "text"),
-                          args.train_flags)
+        return run_tables(args.tables, args.seeds, args.out, both, flags_of(
+            args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
     rank, world, device = start_processes()
     say = print if rank == 0 else lambda *a, **k: None
     model, record = build_model(args, args.checkpoint or newest_checkpoint())
@@ -204,6 +204,8 @@ def main():
     dataset = open_dataset(args.dataset, args.data, args.split, size, limit=args.limit, **knobs(args))
     texts = Texts(args.dataset, args.attributes_file, args.texts)
     texts.check(dataset.source.pairs)
+    if args.largest_component and not dataset.volumes:
+        raise InputError(f"--largest-component: {args.dataset} has no volumes; leave it out")
     if args.text != "own":
         texts = Rephrased(texts, args.text, dataset.source.pairs)
     for folder in (args.json and Path(args.json).parent, args.plots):
@@ -212,16 +214,19 @@ def main():
 
     def predictor(model):
         cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
-        return Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision)
+        return Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision,
+                         args.mean_wordings or 1)
 
     ours = predictor(model)
     say(model.describe())
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split, prompt=args.prompt,
-                 points=args.points, text=args.text, seed=args.seed, limit=args.limit, step=record.get("step"),
-                 precision=args.precision, model=model.describe(), images=len(dataset))
+                 points=args.points, text=args.text, attributes_file=args.attributes_file,
+                 mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,
+                 limit=args.limit, step=record.get("step"), precision=args.precision, model=model.describe(),
+                 images=len(dataset))
     settings = json.dumps(about | dict(weights=fingerprint(model.trained()), data=str(args.data), texts=str(args.texts)))
     journal = Journal(args.json, rank, settings)
-    volumes, targets = evaluate(ours, dataset, journal, rank, world)
+    volumes, targets = evaluate(ours, dataset, journal, rank, world, largest_component=args.largest_component)
     if rank == 0:
         show(args, about, ours, beside and predictor(beside), dataset, volumes, targets)
     if world > 1:
@@ -235,7 +240,9 @@ def show(args, about, ours, beside, dataset, volumes, targets):
     """Prints the tables, writes the JSON and the pictures."""
     scores = volumes if dataset.volumes else targets
     table = summarise(scores, scores.name, args.seed)
-    print_table({c: table[c] for c in (*dataset.classes, "mean") if c in table}, f"prompt: {args.prompt}")
+    how = f"prompt: {args.prompt}" + (f", mean of up to {args.mean_wordings} wordings" if args.mean_wordings else "")
+    print_table({c: table[c] for c in (*dataset.classes, "mean") if c in table},
+                how + ", largest component" * args.largest_component)
     modalities = sorted(set(targets.modality))
     by_modality = summarise(targets, targets.modality, args.seed) if len(modalities) > 1 else None
     if by_modality:
@@ -257,8 +264,7 @@ def show(args, about, ours, beside, dataset, volumes, targets):
             cases = len(set(part.case)) if dataset.volumes else len(set(part.row))
             kind = "volumes" if dataset.volumes else "images"
             draw_typical(named, dataset, part, path, f"{args.dataset}{', ' + modality if modality else ''}: of {cases} "
-                         f"{args.split} {kind}, prompt: {args.prompt}")
-            print(f"wrote {path}")
+                         f"{args.split} {kind}, {how}" + ", before --largest-component" * args.largest_component)
 
 
 if __name__ == "__main__":

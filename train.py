@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import (ATTRIBUTES, InputError, Parser, Signals, Stopped, add_model_flags, add_runtime_flags,
-                    check_runtime_flags, ignore_signals, make_folder, model_options, number, positive_int, run, start_processes, total)
+                    ignore_signals, make_folder, model_options, number, positive_int, run, start_processes, total)
 from data import PROMPTS, Batches, add_data_flags, knobs, move, open_dataset
 from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
@@ -360,7 +360,6 @@ def parse():
     add("--offset-grid", type=positive_int, default=1)
     add_runtime_flags(parser)
     args = parser.parse_args()
-    check_runtime_flags(args)
     if not sum(args.loss_weights):
         raise InputError("--loss-weights: give three numbers, not all of them 0")
     return args

@@ -39,7 +39,7 @@ def test_clicks():
 
 
 def test_what_is_missing_is_said():
-    model = MedSegR(Config(image_size=64, feature_grid=8)).eval()
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8)).eval()
     image, texts = np.zeros((40, 50), np.uint8), ("left", "bright", "round")
     for wrong in ((None, app.NOTHING, "x", texts), (image, app.NOTHING, "x", ("left", " ", "round"))):
         with pytest.raises(gr.Error):
@@ -55,7 +55,7 @@ def page(tmp_path_factory):
         pytest.skip("no chromium here: apt-get install chromium")
     sync = pytest.importorskip("playwright.sync_api")
     folder = tmp_path_factory.mktemp("app")
-    save_checkpoint(MedSegR(Config(feature_grid=16)), folder / "last.safetensors", dataset="synapse")
+    save_checkpoint(MedSegR(Config(**LIGHT, feature_grid=16)), folder / "last.safetensors", dataset="synapse")
     port = free_port()
     log = open(folder / "log.txt", "w")
     (folder / "tmp").mkdir()
@@ -154,9 +154,9 @@ def test_bad_uploads(page, tmp_path):
     assert page.hosts == {f"127.0.0.1:{page.port}"}
 
 
-@pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"]])
+@pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"], ["--port", "99999"]])
 def test_bad_flags_are_named(flags, monkeypatch):
-    from common import InputError
+    from common import LIGHT, InputError
     monkeypatch.setattr(sys, "argv", ["app.py", *flags])
     with pytest.raises(InputError, match=flags[0]):
         app.main()
@@ -164,5 +164,6 @@ def test_bad_flags_are_named(flags, monkeypatch):
 
 def test_nothing_trained_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("runs.WEIGHTS", tmp_path / "none.safetensors")
     model, dataset, about = app.load(None)
     assert dataset == "synapse" and "untrained" in about and isinstance(model, torch.nn.Module)

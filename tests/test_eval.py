@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from common import InputError
+from common import LIGHT, InputError
 from conftest import ROOT
 from data import open_dataset
 from medsegr import Config, MedSegR
@@ -29,7 +29,7 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
     with h5py.File(tmp_path / "test_vol_h5/case0010.npy.h5", "w") as f:
         f["image"], f["label"] = image[60:100:10] / np.float32(255), lut[label[60:100:10]]
     dataset = open_dataset("synapse", tmp_path, "test", 256)
-    model = MedSegR(Config(branches=("sam",))).eval()
+    model = MedSegR(Config(**LIGHT, branches=("sam",))).eval()
     predictor = evaluation.Predictor(model, Texts("synapse"), "box")
     (tmp_path / "spacing.json").write_text('{"case0010": [3.0, 2.0, 2.0]}')
     volumes, targets = evaluation.evaluate(predictor, dataset, progress=False)
@@ -46,14 +46,15 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
 @pytest.mark.parametrize("flags,named", [
     (["--checkpoint", "out"], "--image-size"), (["--prompt", "none"], "--prompt none"),
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/data"], "/no/data"),
-    (["--prompt", "lasso"], "--prompt lasso"), (["--points", "0"], "--points 0"), (["--limit", "x"], "--limit"),
+    (["--prompt", "lasso"], "--prompt"), (["--points", "0"], "--points"), (["--limit", "x"], "--limit"),
     (["--split", "dev"], "dev"), (["--json", "/proc/x/y.json"], "/proc/x"), (["--plots", "/proc/x"], "/proc/x"),
     (["--backbone", "vgg"], "--backbone"), (["--precision", "fp8"], "--precision fp8"),
-    (["--text", "loud"], "--text loud"), (["--beside", "sam"], "--plots"), (["--", "--lr", "1"], "--tables"),
+    (["--text", "loud"], "--text"), (["--beside", "sam"], "--plots"), (["--", "--lr", "1"], "--tables"),
     (["--dataset", "kvasir", "--data", "tests", "--text", "wrong"], "tests"),
-    (["--tables", "9"], "--tables 9"), (["--tables", "none.json"], "none.json")])
+    (["--mean-wordings", "0"], "--mean-wordings"), (["--mean-wordings", "2", "--text", "empty"], "--mean-wordings"),
+    (["--attributes-file", "none.json"], "none.json"), (["--tables", "9"], "--tables 9"), (["--tables", "none.json"], "none.json")])
 def test_bad_flags_are_named(flags, named, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", "sam", "--prompt", "box", "--image-size", "64",
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", "sam", "--light", "--prompt", "box", "--image-size", "64",
                                       "--limit", "1", "--cache", "none", *flags])
     with pytest.raises(InputError) as e:
         evaluation.main()
@@ -130,6 +131,73 @@ def test_processes_find_the_same_numbers(tmp_path, small):
         assert run.returncode == 0, run.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two and len(one["volumes"]["case"]) == 40 and not list(tmp_path.glob("*.partial"))
+
+
+def run_eval(monkeypatch, capsys, folder, *flags):
+    """eval.py on three demo slices -> what it wrote as JSON, what it printed."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", str(folder), "--prompt", "box", "--limit", "3", "--cache",
+                                      "none", "--json", str(folder / "eval.json"), *map(str, flags)])
+    evaluation.main()
+    return json.loads((folder / "eval.json").read_text()), capsys.readouterr().out
+
+
+def test_other_wordings(model, tmp_path, monkeypatch, capsys):
+    """--attributes-file evaluates a checkpoint with other words, and --mean-wordings with several of them at once."""
+    folder = model[1]
+    own, said = run_eval(monkeypatch, capsys, folder)
+    assert own["mean_wordings"] is None and own["largest_component"] is False and "wordings" not in said
+    texts = json.loads((ROOT / "attributes.json").read_text())
+    turned = {name: {kind: words[1:] + words[:1] for kind, words in kinds.items()}
+              for name, kinds in texts["synapse"].items()}
+    (tmp_path / "other.json").write_text(json.dumps(dict(demo=turned)))
+    other, _ = run_eval(monkeypatch, capsys, folder, "--attributes-file", tmp_path / "other.json")
+    reworded, _ = run_eval(monkeypatch, capsys, folder, "--text", "reworded")
+    assert other["targets"] == reworded["targets"]  # the second wordings are now the first
+    assert other["targets"] != own["targets"] and other["attributes_file"] == str(tmp_path / "other.json")
+    (tmp_path / "one.json").write_text(json.dumps(dict(demo={
+        name: {kind: words[:1] for kind, words in kinds.items()} for name, kinds in texts["synapse"].items()})))
+    one, said = run_eval(monkeypatch, capsys, folder, "--mean-wordings", 5, "--attributes-file", tmp_path / "one.json")
+    assert one["targets"] == own["targets"] and one["mean_wordings"] == 5
+    assert "prompt: box, mean of up to 5 wordings" in said
+    several, _ = run_eval(monkeypatch, capsys, folder, "--mean-wordings", 2)
+    assert several["targets"] not in (own["targets"], reworded["targets"])
+    del turned["liver"]["shape"]
+    (tmp_path / "other.json").write_text(json.dumps(dict(demo=turned)))
+    with pytest.raises(InputError, match="other.json.*liver.*shape"):
+        run_eval(monkeypatch, capsys, folder, "--attributes-file", tmp_path / "other.json")
+
+
+class LiverAndCorner(Noise):
+    """Finds the liver as it is, and a blob in a corner that is none."""
+    def __call__(self, sample):
+        mask = sum((m for m, name in zip(sample.truth, sample.targets) if name == "liver"), np.zeros(sample.size, bool))
+        mask[:3, :3] = True
+        return ["liver"], torch.from_numpy(mask)[None] * 2.0 - 1
+
+
+def test_the_largest_component_of_a_volume(monkeypatch):
+    """What else was found is gone from the scores of the volume and from those of its slices."""
+    dataset = open_dataset("demo", split="test", image_size=64, limit=4)
+    monkeypatch.setattr(dataset, "case", lambda i: "one volume")
+    prediction, truth = (np.stack(x) for x in zip(*(
+        evaluation.label_maps(LiverAndCorner(), sample, dataset.classes) for sample in dataset)))
+    largest = evaluation.largest_components(prediction)
+    liver = dataset.classes.index("liver") + 1
+    assert largest.any() and not largest[:, :3, :3].any() and (prediction[:, :3, :3] == liver).all()
+    for switch, found in ((False, prediction), (True, largest)):
+        volumes, targets = evaluation.evaluate(LiverAndCorner(), dataset, progress=False, largest_component=switch)
+        assert volumes["dice_strict"][volumes.name.index("liver")] == evaluation.dice(found == liver, truth == liver)
+        z = next(z for z in range(4) if (truth[z] == liver).any())
+        assert targets["dice_strict"][targets.name.index("liver")] == evaluation.dice(found[z] == liver, truth[z] == liver)
+
+
+def test_largest_component_is_for_volumes_and_is_named(small, tmp_path, monkeypatch, capsys, linked):
+    from runs import save_checkpoint
+    save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo")
+    result, said = run_eval(monkeypatch, capsys, tmp_path, "--largest-component")
+    assert result["largest_component"] is True and "prompt: box, largest component" in said
+    with pytest.raises(InputError, match="--largest-component: kvasir has no volumes"):
+        run_eval(monkeypatch, capsys, tmp_path, "--largest-component", "--dataset", "kvasir", "--data", linked("kvasir"))
 
 
 def test_pictures_of_two_models(tmp_path, small, monkeypatch, capsys):

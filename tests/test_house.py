@@ -25,7 +25,6 @@ MAY = {
     "losses": ("common", "data"),
     "inference": ("common", "readers", "texts", "data", "encoders", "medsegr"),
     "runs": ("common", "medsegr", "encoders", "plots"),
-    "explain": ("common", "metrics", "plots", "medsegr", "inference"),
 }
 BY_A_FLAG = {("eval", "paper"), ("bench", "benches")}  # a command's own flag imports a wing, within a function
 

@@ -2,27 +2,59 @@
 import numpy as np
 import torch
 
-from data import box_prompt, open_dataset
-from inference import Predictor, ask, label_map, merge, predict_image
+from data import box_prompt, open_dataset, to_original
+from inference import Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image, wordings
 from readers.synapse import ORGANS
 from texts import Texts
 
 TEXT = dict(position="on the left", texture="bright", shape="round")
 
 
-def test_the_most_certain_answer_wins():
+def test_the_most_certain_target_wins():
     logits = torch.full((3, 4, 4), -1.0)
     logits[0, 0], logits[1, 0, 0], logits[2, 3] = 2.0, 3.0, 0.5
-    label = label_map(["right kidney", "liver", "pancreas"], logits, (4, 4), ORGANS)
-    assert label[0].tolist() == [5, 2, 2, 2] and label[3].tolist() == [8] * 4 and not label[1:3].any()
-    assert label_map(["right kidney", "liver", "pancreas"], logits, (9, 6), ORGANS).shape == (9, 6)
-    assert not label_map([], torch.zeros(0, 4, 4), (5, 5), ORGANS).any()
+    label = merge_label_map(logits, [5, 2, 8])
+    assert label[0].tolist() == [2, 5, 5, 5] and label[3].tolist() == [8] * 4 and not label[1:3].any()
+    assert label.dtype == np.uint8 and merge_label_map(logits + 40, [5, 2, 8])[0].tolist() == [2, 5, 5, 5]
+    nothing = to_original(torch.zeros(0, 4, 4), (5, 6))
+    assert merge_label_map(nothing, []).shape == (5, 6) and not merge_label_map(nothing, []).any()
+
+
+def test_the_largest_component_stays():
+    label = np.zeros((4, 6, 6), np.uint8)
+    label[0, :2, :2], label[1, 0, 0] = 1, 1  # five voxels that hang together, through two slices
+    label[3, 4:, 4:] = 1
+    label[2, 5, 5], label[:, 5, 0] = 3, 3  # touches the ones of class 1, which is another class
+    label[1, 1, 2] = 1  # an edge and a corner alone do not connect
+    kept = largest_components(label)
+    assert (kept == 1).sum() == 5 and (kept[:2, :2, :2] == label[:2, :2, :2]).all()
+    assert (kept == 3).sum() == 4 and (kept[:, 5, 0] == 3).all() and set(np.unique(kept)) == {0, 1, 3}
+    assert not largest_components(np.zeros((2, 3, 3), np.uint8)).any()
+
+
+def test_the_mean_over_wordings(model):
+    """Logits and IoU are the mean of those of single wordings, a different number for each target; one wording that
+    stands twice counts once."""
+    model, texts = model[0], Texts("demo")
+    features = torch.randn(1, 256, 8, 8)
+    liver, spleen = wordings(texts, 3, "liver", "ct"), wordings(texts, 1, "spleen", "ct")
+    assert len(liver) == 3 and len(spleen) == 1 and liver[0] == texts("liver", "ct") != liver[1]
+    assert len(wordings(lambda *a, number: dict(position=number % 2), 50)) == 2
+    boxes = torch.tensor([[3.0, 4, 30, 40], [20, 20, 50, 60]])
+    both = decode_targets(model, features, [liver, spleen], boxes=boxes)
+    alone = [decode_targets(model, features, [text], boxes=boxes[:1]) for text in liver]
+    torch.testing.assert_close(both.logits[0], torch.cat([a.logits for a in alone]).mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both.iou[0], torch.cat([a.iou for a in alone]).mean(0), rtol=1e-4, atol=1e-4)
+    second = decode_targets(model, features, spleen, boxes=boxes[1:])
+    torch.testing.assert_close(both.logits[1:], second.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both.priors.texture, torch.cat([alone[0].priors.texture, second.priors.texture]))
+    assert both.logits.shape == (2, 64, 64) and both.iou.shape == (2,) and len(both.steps["F_fused"]) == 2
+    assert not torch.allclose(alone[0].logits, alone[1].logits, atol=1e-2)
 
 
 def test_prompts_ask_for_what_is_there_and_do_not_depend_on_order(small):
     dataset, texts = open_dataset("demo", split="test", image_size=64, limit=4), Texts("demo")
-    features = [small.encode_image(torch.from_numpy(s.image).permute(2, 0, 1)[None]) for s in dataset]
-    asks = lambda i, prompt, seed=0: ask(small, features[i], dataset[i], texts, prompt, 3, seed)
+    asks = lambda i, prompt, seed=0: Predictor(small, texts, prompt, 3, seed)(dataset[i])
     for prompt in ("none", "point", "box"):
         forward = [asks(i, prompt) for i in range(4)]
         for i in reversed(range(4)):
@@ -60,6 +92,16 @@ def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
     assert answer.probability.shape == (1, 128, 192) and (answer.probability == 0.5).all()
 
 
-def test_the_most_probable_target_wins():
-    p = np.array([[[0.6, 0.2]], [[0.9, 0.4]]], np.float32)
-    assert merge(p).tolist() == [[2, 0]]
+def test_a_text_removed_is_a_text_emptied(model):
+    """What --explain says of a target: with the others, and with several wordings."""
+    image = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+    other = dict(position="below", texture="dark", shape="long")
+    texts = [[TEXT, other], [other]]
+    answer = predict_image(model[0], image, texts)
+    found = explain(model[0], image, answer, 0, texts)
+    emptied = [[text | dict(shape="") for text in texts[0]], texts[1]]
+    assert np.array_equal(found.without["shape"], predict_image(model[0], image, emptied, empty=True,
+                                                                features=answer.features).masks[0])
+    assert found.A_pos.shape == found.texture_effect.shape == found.probability.shape == (40, 56)
+    assert found.texts == TEXT and set(found.gate) == {"fused", "sem", "sam"} and found.texture_effect.max() > 0
+    np.testing.assert_allclose(sum(found.gate.values()), 1, atol=1e-5)

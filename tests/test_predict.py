@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import plots
 import predict
-from common import ATTRIBUTES, InputError
+from common import ATTRIBUTES, LIGHT, InputError
+from inference import explain
 from medsegr import Config, MedSegR
+from runs import save_checkpoint
 from test_volumes import volume_file
 
 TEXT = dict(position="on the left", texture="bright", shape="round")
@@ -46,19 +49,18 @@ def test_texts_of_a_report(model, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "predict_image", lambda model, image, texts, *a, f=predict.predict_image, **k:
                         seen.append(texts) or f(model, image, texts, *a, **k))
     command(monkeypatch, model[1], tmp_path / "x.png", "--target", "cyst", "--texts", tmp_path / "t.jsonl", "--out", tmp_path)
-    assert seen == [[TEXT]]
+    assert seen == [[[TEXT]]]
     with pytest.raises(InputError, match="cyst"):
         command(monkeypatch, model[1], tmp_path / "x.png", "--target", "cyst", "--out", tmp_path)
 
 
 @pytest.mark.parametrize("off", [dict(priors=()), dict(cognitive=False), dict(perceptual=False, branches=("sem",))])
 def test_explanations_of_models_with_parts_switched_off(off, tmp_path):
-    from explain import explain
-    model = MedSegR(Config(image_size=64, feature_grid=8, **off)).eval()
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8, **off)).eval()
     image = np.zeros((40, 40, 3), np.uint8)
     points = np.array([[[5, 6]]], np.float32), np.array([[1]])
     answer = predict.predict_image(model, image, [TEXT], points=points)
-    explain(model, image, answer, None, points, 0, "thing", [TEXT], tmp_path / "x.png")
+    plots.explanation(tmp_path / "x.png", "thing", explain(model, image, answer, 0, [TEXT], None, points))
     assert (tmp_path / "x.png").stat().st_size > 20_000
 
 
@@ -75,6 +77,40 @@ def test_a_volume(model, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "p/v-slice002-target.png").is_file()
 
 
+def test_switches_of_a_volume(model, tmp_path, monkeypatch):
+    """The mean over wordings is asked for, and the largest component of each target alone is written."""
+    volume_file(tmp_path / "v.nii.gz", (0, 1, 2), (False,) * 3)
+    seen = []
+
+    def two_parts(model, volume, texts, precision):
+        seen.append(texts)
+        label = np.zeros(volume.shape, np.uint8)
+        label[1:3, 1:3, 1], label[5, 6, 4] = 1, 1
+        return label
+
+    monkeypatch.setattr(predict, "predict_volume", two_parts)
+    flags = tmp_path / "v.nii.gz", "--target", "liver", "--out", tmp_path
+    for switches, voxels, wordings in (((), 5, 1), (("--largest-component", "--mean-wordings", 3), 4, 3)):
+        command(monkeypatch, model[1], *flags, *switches)
+        assert np.count_nonzero(np.asarray(nib.load(tmp_path / "v-label.nii.gz").dataobj)) == voxels
+        assert [len(words) for words in seen.pop()] == [wordings]
+
+
+def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, capsys):
+    """Each input has results of its own; the shipped weights are taken where nothing was trained, and it says so."""
+    monkeypatch.setattr("runs.WEIGHTS", tmp_path / "weights" / "abdomen-ct.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Image.new("L", (40, 30)).save(f"{name}.png")
+    monkeypatch.setattr(sys, "argv", "predict.py a.png b.png --target liver --out o".split())
+    with pytest.raises(InputError, match="train.py"):
+        predict.main()
+    save_checkpoint(model[0], "weights/abdomen-ct.safetensors", dataset="synapse")
+    predict.main()
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {f"{n}-{what}.png" for n in "ab" for what in ("liver", "overlay")}
+    assert f"checkpoint {tmp_path}/weights/abdomen-ct.safetensors: backbone" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags,named", [
     (["none.png", "--target", "liver"], "none.png"), (["x.png"], "--target"), (["x.png", "--shape", "round"], "--position"),
     (["x.png", "--target", "tail"], "tail"), (["x.txt", "--target", "liver"], "x.txt"),
@@ -85,7 +121,13 @@ def test_a_volume(model, tmp_path, monkeypatch, capsys):
     (["x.png", "--target", "liver", "--point", 1], "--point"), (["x.png", "--target", "liver", "--slice", 1], "--slice 1"),
     (["v.nii", "--target", "liver", "--box", 1, 1, 2, 2], "--slice"), (["v.nii", "--target", "liver", "--slice", 9], "0 to"),
     (["flat.nii", "--target", "liver"], "not HU"), (["empty", "--target", "liver"], "no DICOM"),
-    (["x.png", "--target", "liver", "--modality", "sonar"], "--modality sonar")])
+    (["x.png", "--target", "liver", "--modality", "sonar"], "--modality"),
+    (["x.png", "--target", "liver", "--mean-wordings", 0], "--mean-wordings"),
+    (["x.png", "--target", "liver", "--largest-component"], "--largest-component"),
+    (["v.nii", "--target", "liver", "--slice", 1, "--largest-component"], "--largest-component"),
+    (["x.png", "none.nii", "--target", "liver"], "none.nii"),
+    (["x.png", "v.nii", "--target", "liver", "--box", 1, 2, 3, 4], "--box"),
+    (["x.png", "empty/../x.png", "--target", "liver"], "x.png")])
 def test_bad_input_is_named(flags, named, model, tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:50])

@@ -5,9 +5,10 @@ import os
 import pytest
 import torch
 
+import runs
 from common import LIGHT, InputError
 from medsegr import Config, MedSegR
-from runs import load_checkpoint, load_training, newest_checkpoint, save_checkpoint
+from runs import default_checkpoint, load_checkpoint, load_training, newest_checkpoint, save_checkpoint
 from test_medsegr import FIVE, INDEX, perturb, small
 
 
@@ -66,7 +67,19 @@ def test_the_newest_checkpoint_is_taken(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"")
         os.utime(file, (1e9 - age,) * 2)
-    assert newest_checkpoint(tmp_path) == tmp_path / "new"
+    assert newest_checkpoint(tmp_path) == default_checkpoint(out=tmp_path) == tmp_path / "new"
+
+
+def test_without_a_run_the_shipped_weights_are_taken(tmp_path, monkeypatch):
+    """For CT alone, which they are for; without them, too, it is said what to run."""
+    monkeypatch.setattr(runs, "WEIGHTS", tmp_path / "weights/abdomen-ct.safetensors")
+    for modality in ("ct", "mr"):
+        with pytest.raises(InputError, match="train.py"):
+            default_checkpoint(modality, tmp_path / "out")
+    save_checkpoint(small(), runs.WEIGHTS, dataset="synapse")
+    assert default_checkpoint("ct", tmp_path / "out") == runs.WEIGHTS
+    with pytest.raises(InputError, match="--checkpoint"):
+        default_checkpoint("mr", tmp_path / "out")
 
 
 def test_damaged_training_state_is_named(tmp_path):
