@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import LIGHT
 from conftest import ROOT
 from medsegr import Config, MedSegR
 from runs import save_checkpoint
@@ -156,7 +157,7 @@ def test_bad_uploads(page, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"], ["--port", "99999"]])
 def test_bad_flags_are_named(flags, monkeypatch):
-    from common import LIGHT, InputError
+    from common import InputError
     monkeypatch.setattr(sys, "argv", ["app.py", *flags])
     with pytest.raises(InputError, match=flags[0]):
         app.main()

@@ -14,7 +14,7 @@ from common import LIGHT, InputError
 from conftest import ROOT
 from data import open_dataset
 from medsegr import Config, MedSegR
-from texts import Texts
+from texts import Texts, split_wordings
 
 
 def test_lite_medsam_on_real_ct(real_data, tmp_path):
@@ -44,11 +44,11 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["--checkpoint", "out"], "--image-size"), (["--prompt", "none"], "--prompt none"),
+    (["--checkpoint", "out"], "--backbone"), (["--prompt", "none"], "--prompt none"),
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/data"], "/no/data"),
     (["--prompt", "lasso"], "--prompt"), (["--points", "0"], "--points"), (["--limit", "x"], "--limit"),
     (["--split", "dev"], "dev"), (["--json", "/proc/x/y.json"], "/proc/x"), (["--plots", "/proc/x"], "/proc/x"),
-    (["--backbone", "vgg"], "--backbone"), (["--precision", "fp8"], "--precision fp8"),
+    (["--backbone", "vgg"], "--backbone"), (["--precision", "fp8"], "--precision"),
     (["--text", "loud"], "--text"), (["--beside", "sam"], "--plots"), (["--", "--lr", "1"], "--tables"),
     (["--dataset", "kvasir", "--data", "tests", "--text", "wrong"], "tests"),
     (["--mean-wordings", "0"], "--mean-wordings"), (["--mean-wordings", "2", "--text", "empty"], "--mean-wordings"),
@@ -147,12 +147,12 @@ def test_other_wordings(model, tmp_path, monkeypatch, capsys):
     own, said = run_eval(monkeypatch, capsys, folder)
     assert own["mean_wordings"] is None and own["largest_component"] is False and "wordings" not in said
     texts = json.loads((ROOT / "attributes.json").read_text())
-    turned = {name: {kind: words[1:] + words[:1] for kind, words in kinds.items()}
+    turned = {name: {kind: split_wordings(words)[1] for kind, words in kinds.items()}
               for name, kinds in texts["synapse"].items()}
     (tmp_path / "other.json").write_text(json.dumps(dict(demo=turned)))
     other, _ = run_eval(monkeypatch, capsys, folder, "--attributes-file", tmp_path / "other.json")
     reworded, _ = run_eval(monkeypatch, capsys, folder, "--text", "reworded")
-    assert other["targets"] == reworded["targets"]  # the second wordings are now the first
+    assert other["targets"] == reworded["targets"]  # the first of those that training never draws
     assert other["targets"] != own["targets"] and other["attributes_file"] == str(tmp_path / "other.json")
     (tmp_path / "one.json").write_text(json.dumps(dict(demo={
         name: {kind: words[:1] for kind, words in kinds.items()} for name, kinds in texts["synapse"].items()})))
