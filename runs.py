@@ -163,7 +163,7 @@ def load_training(path, model, optimizer):
                 keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
                 state = {k: tensors[f"{k}.{name}"] for k in keys}
                 if state:  # before the first step there is none
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                    optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
         return record
     except (OSError, safetensors.SafetensorError, KeyError, json.JSONDecodeError, AttributeError) as e:
         raise InputError(f"--resume: {path} is damaged ({type(e).__name__}); leave --resume out to start "

@@ -89,7 +89,7 @@ def set_up(args, rank, world, device, signals):
     encode_ahead(r, train_set)
 
     r.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.decoder_lr_scale), lr=args.lr,
-                                    betas=(0.9, 0.999))
+                                    betas=(0.9, 0.999), fused=True)  # on a CPU a quarter of the time
     r.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
     # window: sums since the last row of the log, and of how many steps; validated: not only trained
     r.progress = dict(step=0, best=-1.0, seconds=0.0, skipped=0, window=[0.0] * (len(WINDOW) + 1), validated=True)

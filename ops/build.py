@@ -84,6 +84,9 @@ def compile_library(kind, sources, flags, library, failure):
         raise BuildError(f"no C++ compiler ({compiler}) was found; install g++, or name one with CXX")
     if kind == "cuda":
         extension.CUDA_HOME = cuda_home()
+    with contextlib.suppress(ImportError):  # the package's, also where the environment is not activated
+        import ninja
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     print(f"building MedSeg-R's operators for {kind}, once, about half a minute", file=sys.stderr, flush=True)
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:

@@ -133,8 +133,8 @@ def test_data_beside_a_peer(tmp_path):
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["data", "--peer", "nowhere"], "--peer: nowhere"), (["data", "moon"], "moon"),
-    (["ops", "--grids", "0"], "--grids: 0"), (["ops", "--dtype", "fp8"], "--dtype"), (["pace"], "pace"),
+    (["data", "--peer", "nowhere"], "--peer nowhere"), (["data", "moon"], "moon"),
+    (["ops", "--grids", "0"], "--grids 0"), (["ops", "--dtype", "fp8"], "--dtype"), (["pace"], "pace"),
     (["model", "--grids", "4"], "--grids"), (["ops", "--json", "/proc/x/y.json"], "/proc/x"), ([], "command"),
     pytest.param(["ops", "--device", "cuda"], "--device cuda",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"))])
@@ -146,4 +146,4 @@ def test_bad_flags_are_named(flags, named, monkeypatch):
 
 def test_a_bad_flag_is_one_line():
     run = script("ops", "--targets", "many")
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "--targets: many" in run.stderr, run.stderr
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "--targets many" in run.stderr, run.stderr

@@ -325,13 +325,17 @@ def test_draws_do_not_depend_on_who_draws(prompt):
 
 
 def test_pairs_of_texts():
-    """Two of each structure, those of the data set first, all in wordings to train with."""
-    concepts = Texts("synapse").concepts()
-    pairs = draw_pairs(concepts, ("liver", "aorta"), np.random.default_rng(0), most=5)
-    assert len(pairs) == 10 and all(set(text) == {"position", "texture", "shape"} for text in pairs)
-    several = [draw_pairs(concepts, ("liver",), np.random.default_rng(n), most=1)[0]["position"] for n in range(30)]
-    livers = {concepts["liver"](np.random.default_rng(n))["position"] for n in range(500)}
-    assert set(several) <= livers and len(set(several)) > 5
+    """Two of each structure, in wordings to train with; half of the structures the data set's own."""
+    names = [f"class {n}" for n in range(10)]
+    concepts = {name: lambda rng, name=name: (name, int(rng.integers(1000))) for name in names}
+    for own, expected in ((names[:6], 4), (names[:2], 2), (names, 8), ((), 0)):
+        pairs = draw_pairs(concepts, own, np.random.default_rng(0), most=8)
+        assert len(pairs) == 16 and all(a == b for (a, _), (b, _) in zip(pairs[::2], pairs[1::2]))
+        drawn = [name for name, _ in pairs[::2]]
+        assert len(set(drawn)) == 8 and sum(name in own for name in drawn) == expected
+    assert len(draw_pairs(dict(a=concepts["class 1"]), ("a",), np.random.default_rng(0))) == 2
+    texts = Texts("synapse").concepts()["liver"](np.random.default_rng(0))
+    assert set(texts) == {"position", "texture", "shape"}
 
 
 def test_a_process_without_a_share_has_an_empty_batch():

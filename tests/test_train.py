@@ -397,12 +397,12 @@ def test_evaluation_of_the_demo(demo_run, tmp_path, cache_folder):
 @pytest.mark.parametrize("flags,named", [
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/such"], "/no/such"),
     (["--prompt", "scribble"], "--prompt"), (["--backbone", "vgg"], "--backbone vgg"),
-    (["--fraction", "0"], "--fraction 0"), (["--max-steps", "0"], "--max-steps: 0"), (["--lr", "-1"], "--lr: -1"),
+    (["--fraction", "0"], "--fraction 0"), (["--max-steps", "0"], "--max-steps 0"), (["--lr", "-1"], "--lr -1"),
     (["--priors", "colour"], "--priors colour"), (["--batch-size", "two"], "--batch-size"), (["--what"], "--what"),
     (["--branches", "sem", "--no-cognitive"], "--branches sem"), (["--image-size", "33"], "--image-size 33"),
     (["--sam-checkpoint", "/no/file.pth"], "/no/file.pth"), (["--clip", "nonsense:x"], "--clip nonsense:x"),
     (["--precision", "int8"], "--precision"), (["--out", "/proc/none"], "/proc"),
-    (["--tune-encoder", "half"], "--tune-encoder"), (["--rounds", "0"], "--rounds: 0"), (["--init", "/no/run"], "--init /no/run"),
+    (["--tune-encoder", "half"], "--tune-encoder"), (["--rounds", "0"], "--rounds 0"), (["--init", "/no/run"], "--init /no/run"),
     (["--loss-weights", "0", "0", "0"], "--loss-weights"), (["--attributes-file", "/no/texts.json"], "/no/texts.json")])
 def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, "--cache", "none", "--out", str(tmp_path / "out"), *flags])
