@@ -34,13 +34,12 @@ class ResidualBlock(nn.Module):
 class FeatureAdapter(nn.Module):
     """F_SAM [B,C,H,W] -> the same shape: F_SAM plus a U-Net of it, whose last layer starts at zero.
 
-    widths: channels on the grid, on half of it, and so on. SAM's positional encoding PE is added, so that it knows where
-    in the image it is. Dropout takes whole channels of F_SAM away in training.
+    widths: channels on the grid, on half of it, and so on. SAM's positional encoding PE is added, so that it knows
+    where in the image it is.
     """
 
-    def __init__(self, widths=(128, 192, 256, 256), channels=256, dropout=0.1):
+    def __init__(self, widths=(128, 192, 256, 256), channels=256):
         super().__init__()
-        self.dropout = nn.Dropout2d(dropout)
         self.stem, self.place = nn.Conv2d(channels, widths[0], 1), nn.Conv2d(channels, widths[0], 1, bias=False)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:]))
@@ -50,7 +49,7 @@ class FeatureAdapter(nn.Module):
     def forward(self, F_SAM, PE):
         """F_SAM [B,C,H,W], PE [1,C,H,W] -> [B,C,H,W]."""
         F_SAM = F_SAM.contiguous(memory_format=torch.channels_last)  # what CPUs and tensor cores convolve fastest
-        x, skips = self.stem(self.dropout(F_SAM)) + self.place(PE), []
+        x, skips = self.stem(F_SAM) + self.place(PE), []
         for n, block in enumerate(self.encode):
             x = block(self.down[n - 1](x) if n else x)
             skips.append(x)

@@ -156,7 +156,8 @@ def parse():
     add("--prompt", default="none", choices=PROMPTS)
     add("--points", type=number(1, kind=int), default=1, help="points per target, with --prompt point")
     add("--text", default="own", choices=TEXTS, help="how far does Dice fall with others? wrong: the next class's")
-    add("--mean-wordings", type=number(1, 100, int), metavar="N", help="the mean over up to N wordings of a class's texts")
+    add("--mean-wordings", type=number(1, 100, int), metavar="N",
+        help="the mean over up to N wordings of a class's texts")
     add("--largest-component", action="store_true", help="of each class in a volume, keep the largest part alone")
     add("--limit", type=int, help="only the first N slices")
     add("--seed", type=int, default=0, help="of the points and the bootstrap")

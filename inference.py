@@ -75,15 +75,16 @@ def decode_targets(model, features, texts, points=None, boxes=None, empty=False)
     features = features.to(model.device)
     logits, iou, steps = model.decode(features, torch.zeros_like(target), priors, points, boxes, explain=True)
     logits = F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
+    iou = iou.float()
     if len(target) > len(texts):
         logits, iou = (torch.stack([x[target == t].mean(0) for t in range(len(texts))]) for x in (logits, iou))
         first = torch.searchsorted(target, torch.arange(len(texts), device=model.device))
         priors, steps = priors.take(first), {name: x if x is None else x[first] for name, x in steps.items()}
-    return Answer(logits, iou.float(), priors, steps, features)
+    return Answer(logits, iou, priors, steps, features)
 
 
 def merge_label_map(logits, labels):
-    """Logits [T,H,W] of T targets and their labels -> uint8 [H,W]: that of the most certain one, 0 where none is found."""
+    """Logits [T,H,W] of T targets and their labels -> uint8 [H,W]: that of the most certain target, 0 for none."""
     if not len(labels):
         return np.zeros(logits.shape[1:], np.uint8)
     best, which = logits.max(0)
@@ -238,8 +239,8 @@ class Explanation(NamedTuple):
     """What the three texts of one target did to an image of H x W pixels; None, or left out: switched off."""
     image: np.ndarray  # uint8 [H,W,3]
     texts: dict  # {attribute: text}
-    box: np.ndarray | None  # [4], and the points, pairs of (x, y) and label: the prompts
-    points: list
+    box: np.ndarray | None  # [4]: x0 y0 x1 y1
+    points: list  # pairs of (x, y) and label
     probability: np.ndarray  # [H,W]
     iou: float  # that the model expects
     A_pos: np.ndarray | None  # [H,W] in (0, 2): the features are multiplied by it
@@ -260,8 +261,9 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     priors, effect, gate, texts = answer.priors.take(slice(target, target + 1)), None, {}, as_lists(texts)
     if priors.texture is not None:
         index, attended = torch.zeros(1, dtype=torch.int64, device=model.device), priors._replace(shape_kernel=None)
-        plain, filtered = (modulate(answer.features, index, attended._replace(texture=t)) for t in (None, priors.texture))
-        effect = on_image((filtered - plain).float().norm(dim=1)[0] / plain.float().norm(dim=1)[0].clamp(min=1e-6))
+        plain, filtered = (modulate(answer.features, index, attended._replace(texture=kernel)).float()
+                           for kernel in (None, priors.texture))
+        effect = on_image((filtered - plain).norm(dim=1)[0] / plain.norm(dim=1)[0].clamp(min=1e-6))
     if answer.steps["gate"] is not None:
         gate = dict(zip(model.config.active_branches, map(on_image, answer.steps["gate"][target])))
     without = {}

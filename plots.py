@@ -126,7 +126,8 @@ def explanation(path, name, explained):
         if over:
             axis.imshow(image, cmap="gray")
             contour(axis, mask, colors="white", linewidths=0.8)
-        drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, alpha=0.65 if over else 1, interpolation="nearest")
+        drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, alpha=0.65 if over else 1,
+                            interpolation="nearest")
         figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
 
     axis = panel(f"{name}: {mask.sum()} pixels; the model expects an IoU of {explained.iou:.2f}")

@@ -35,7 +35,7 @@ def parse():
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT",
         help="a PNG or JPEG, a NIfTI volume (.nii, .nii.gz), or the folder of a DICOM series")
-    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else for CT what weights/ ships)")
+    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else, for CT, weights/'s)")
     add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
     for kind in ATTRIBUTES:
         add(f"--{kind}", help=f"in place of --target: the structure's {kind} in your own words")

@@ -74,9 +74,9 @@ def test_answers_are_those_of_the_evaluation(model):
         names, logits = Predictor(model, texts, "box")(sample)
         boxes = np.stack([box_prompt(m) for m in sample.masks if m.any()])
         answer = predict_image(model, sample.image, [texts(n, "ct") for n in names], boxes)
-        np.testing.assert_allclose(answer.probability, logits.sigmoid().numpy(), atol=1e-3)  # its features are kept in 16 bits
+        np.testing.assert_allclose(answer.probability, logits.sigmoid().numpy(), atol=1e-3)  # kept in 16 bits
         again = predict_image(model, sample.image, [texts(n, "ct") for n in names], boxes,
-                                      features=answer.features)
+                              features=answer.features)
         assert np.array_equal(again.probability, answer.probability)
 
 

@@ -251,7 +251,7 @@ def test_drafts_wait_for_review(fake, tmp_path, monkeypatch, capsys):
     (["draft", "none.png", "--targets", "x"], "none.png"), (["extract", "none.txt"], "none.txt"), (["sort"], "sort"),
     (["extract", "r.txt", "--timeout", "0"], "--timeout"), (["extract", "r.txt", "--tries", "0"], "--tries"),
     (["extract", "r.txt", "--server", "x"], "--server x"),
-    (["draft", "a/x.png", "b/x.png", "--targets", "x"], "b/x.png")])
+    (["draft", "a/x.png", "b/x.png", "--targets", "x"], "a/x.png")])
 def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.txt").write_text("=== a | b | reviewed\nx")
