@@ -15,7 +15,11 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import gradio as gr  # noqa: E402
+try:
+    import gradio as gr
+except ImportError:
+    print("app.py: the page needs gradio; pip install -r requirements-extras.txt", file=sys.stderr)
+    sys.exit(2)
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -153,7 +157,7 @@ def build(model, dataset, about):
     """The page."""
     texts = Texts(dataset)
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
-    first_modality = texts_modality(texts.classes[first])
+    first_modality = texts.modalities(first)[0] or "ct"
 
     def fill(name, modality):
         try:
@@ -218,12 +222,6 @@ def build(model, dataset, about):
 
         button.click(on_find, [original, clicks, name, more, *boxes], [shown, said, explained])
     return page
-
-
-def texts_modality(known):
-    """The first modality that all texts of a class, its entry of attributes.json, speak of."""
-    tied = [texts for texts in known.values() if isinstance(texts, dict)]
-    return next((modality for modality in VARIATION if all(modality in texts for texts in tied)), "ct")
 
 
 def main():

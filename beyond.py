@@ -62,9 +62,9 @@ class FeatureAdapter(nn.Module):
 class DenseAlignment(nn.Module):
     """Pixels and structures in one space of `channels` dimensions: a structure is where their dot product is positive.
 
-    In training every structure of an image is compared with every pixel at the cost of one (train.dense_loss). The map
-    of a target then enters SAM's decoder twice, each time through a layer that starts at zero: into the features that it
-    reads, and beside the upscaled features that its mask is read from.
+    In training every structure of an image is compared with every pixel at the cost of one (losses.dense_loss). The map
+    of a target then enters SAM's decoder twice, each time through a layer that starts at zero: into the features that
+    it reads, and beside the upscaled features that its mask is read from.
     """
 
     def __init__(self, width, channels=128, features=256):

@@ -196,10 +196,10 @@ class Signals:
             raise Stopped
 
 
-def ignore_signals(worker):
-    """For the loader's processes: a signal to the whole group is for the main one to decide on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker):
+    """For the loader's processes: a signal to the whole group is for the main one to decide on, which ends them."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def add_model_flags(parser):
     add("--sam-checkpoint", help="weights of the backbone (default: its own)")
     add("--clip", help="text encoder: minilm, or NAME:TAG or NAME:FILE of open_clip (default: CLIP ViT-B/16)")
     add("--image-size", type=positive_int, help="pixels (default: 256 for lite_medsam and sam_med2d, 224 for ViT)")
-    add("--normalize", choices=("sam", "minmax"), help="mean and std, or min-max (MedSAM's); default: the backbone's own")
+    add("--normalize", choices=("sam", "minmax"), help="mean and std, or min-max (MedSAM's); default: the backbone's")
 
 
 def model_options(args):

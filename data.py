@@ -495,8 +495,8 @@ class Batches(torch.utils.data.Dataset):
             S = self.dataset.image_size
             return Batch(torch.zeros(0, 3, S, S, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64),
                          torch.zeros(0, S, S, dtype=torch.bool), [], [],
-                         dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool), known=torch.zeros(0, 0).bool(),
-                         contrast=contrast)
+                         dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool),
+                         known=torch.zeros(0, 0, dtype=torch.bool), contrast=contrast)
         structures = sorted({s for b in batches for s in b.structures})
         dense_masks, known = join_structures(batches, structures) if self.dense else (None, None)
         cat = lambda name: torch.cat([getattr(b, name) for b in batches])

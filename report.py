@@ -82,7 +82,7 @@ class Report:
 def read_reports(path):
     """-> [Report]; InputError, with the line, for whatever does not follow the format."""
     reports, form = [], "=== IMAGE | TARGET, TARGET | draft, reviewed or rejected"
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.startswith("==="):
             parts = [part.strip() for part in line.strip("= \t").split("|")]
             targets = tuple(t.strip() for t in parts[1].split(",") if t.strip()) if len(parts) == 3 else ()
@@ -109,7 +109,11 @@ def read_reports(path):
 
 def connect(server, timeout):
     """An OpenAI client for that very server; says so if it is not this machine."""
-    from openai import DefaultHttpxClient, OpenAI
+    try:
+        from openai import DefaultHttpxClient, OpenAI
+    except ImportError:
+        raise InputError("a language model is asked through the package openai; pip install -r "
+                         "requirements-extras.txt, or give --rules") from None
     parts = urlsplit(server)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"--server {server}: give an address such as http://127.0.0.1:8080/v1")
@@ -283,7 +287,7 @@ def extract(args):
 def read_lines(path):
     """{(image, target): the line's JSON} of an earlier extraction."""
     try:
-        lines = [json.loads(line) for line in read_text(path).splitlines() if line.strip()] if path.is_file() else []
+        lines = [json.loads(line) for line in read_text(path).split("\n") if line.strip()] if path.is_file() else []
         return {(line["image"], line["target"]): line for line in lines}
     except (ValueError, KeyError, TypeError) as e:
         if isinstance(e, InputError):

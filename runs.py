@@ -66,8 +66,9 @@ def load_checkpoint(path, **overrides):
     overrides: fields of Config, such as sam_checkpoint where the backbone's file has moved; None: as it was saved.
     """
     path = checkpoint_file(path)
+    own = path.with_suffix(".json")  # of one checkpoint among others in a folder, as in weights/
     try:
-        saved = json.loads(path.with_name("config.json").read_text())
+        saved = json.loads((own if own.is_file() else path.with_name("config.json")).read_text())
         known = {f.name for f in fields(Config)}
         given = {k: v for k, v in overrides.items() if v is not None}
         config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **given})
@@ -103,7 +104,8 @@ def init_from(path, model):
     try:
         weights = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as e:
-        raise InputError(f"--init {path}: damaged, or not a checkpoint ({type(e).__name__}); train.py writes them") from None
+        raise InputError(f"--init {path}: damaged, or not a checkpoint ({type(e).__name__}); train.py "
+                         "writes them") from None
     trained = model.trained()
     fitting = [n for n in trained if n in weights and trained[n].shape == weights[n].shape]
     if not fitting:
@@ -171,8 +173,8 @@ def load_training(path, model, optimizer):
 
 
 def begin(out, resume, rank, model, optimizer, scaler, progress, about):
-    """With `resume`, what OUT/training.safetensors holds goes into model, optimizer, scaler and progress; without, such a
-    file of an earlier run is kept aside, or a later --resume would go on with that one."""
+    """With `resume`, what OUT/training.safetensors holds goes into model, optimizer, scaler and progress. Without it,
+    such a file of an earlier run is kept aside, or a later --resume would go on with that one."""
     path, said = out / "training.safetensors", f"{out}: nothing to resume yet, starting anew" if resume else ""
     if path.is_file() and resume:
         saved = load_training(path, model, optimizer)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import (ATTRIBUTES, InputError, Parser, Signals, Stopped, add_model_flags, add_runtime_flags,
-                    ignore_signals, make_folder, model_options, number, positive_int, run, start_processes, total)
+                    leave_group, make_folder, model_options, number, positive_int, run, start_processes, total)
 from data import PROMPTS, Batches, add_data_flags, knobs, move, open_dataset
 from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
@@ -64,7 +64,7 @@ def parameter_groups(model, weight_decay, decoder_scale):
 # One training run
 
 def set_up(args, rank, world, device, signals):
-    """Data, model, optimizer and the state to resume from, as one namespace `r`; None if there is nothing left to do."""
+    """Data, model, optimizer and the state to resume from, as one namespace `r`; None if nothing is left to do."""
     r = SimpleNamespace(args=args, rank=rank, world=world, device=device, signals=signals, out=Path(args.out),
                         say=print if rank == 0 else lambda *a, **k: None)
     config = Config(**model_options(args), **{k: getattr(args, k) for k in (
@@ -146,7 +146,7 @@ def train(r):
     if not progress["validated"]:
         checkpoint(r, validate(r))
     loader = iter(DataLoader(r.batches, batch_size=None, num_workers=args.workers,
-                             pin_memory=r.device.type == "cuda", worker_init_fn=ignore_signals))
+                             pin_memory=r.device.type == "cuda", worker_init_fn=leave_group))
     bar = tqdm(range(progress["step"], r.steps), "training", total=r.steps, initial=progress["step"],
                disable=r.rank > 0, unit="step", mininterval=1)
     shown = saved = time.time()
@@ -272,8 +272,8 @@ def pooled_dice(r, texts):
 
 @torch.no_grad()
 def spread_of_priors(r):
-    """How well T_attr tells the classes apart: the mean cosine between two of them, layer-normed, and the effective rank
-    of all (e to the entropy of the normalised singular values of the centred priors). A collapse is 1 and 1."""
+    """How well T_attr tells the classes apart: the mean cosine between two of them, layer-normed, and the effective
+    rank of all (e to the entropy of the normalised singular values of the centred priors). A collapse is 1 and 1."""
     pairs = list(dict.fromkeys(r.val_set.source.pairs))
     if not r.model.cognitive or len(pairs) < 2:
         return {}
@@ -325,18 +325,20 @@ def parse():
     add("--absent", type=number(0, 1), default=0.1, help="how often an absent structure is asked for, without a prompt")
     add("--jitter", type=number(0, 0.5), default=0.1, help="move, scale and turn features by up to this much")
     add("--views", type=number(0, 1000, int), default=0, help="variations of each image, encoded and cached as it is")
-    add("--rounds", type=positive_int, default=1, help="SAM-Med2D's interaction: further ones see the last mask and points")
+    add("--rounds", type=positive_int, default=1,
+        help="SAM-Med2D's interaction: further ones see the last mask and points")
     add("--lr", type=number(1e-12, 10), default=1e-3, help="of the parts that start from nothing")
     add("--decoder-lr-scale", "--decoder-lr", type=number(0, 1), default=0.1,
         help="rate of SAM's pretrained mask decoder, as a share of --lr")
     add("--warmup", type=positive_int, default=100, help="steps")
     add("--weight-decay", type=number(0, 10), default=0.1)
     add("--loss-weights", type=number(0, 1e6), nargs=3, default=(20.0, 1.0, 1.0), help="of focal, Dice and IoU")
-    add("--contrastive-loss", type=number(0, 1e6), default=0.5, help="weight of the contrastive loss between structures' texts")
-    add("--dense-loss", type=number(0, 1e6), default=1.0, help="weight of the dense loss, with --align")
+    add("--contrastive-loss", type=number(0, 1e6), default=0.5, help="its weight, between the texts of structures")
+    add("--dense-loss", type=number(0, 1e6), default=1.0, help="its weight, with --align")
     add("--adapter", action="store_true", help="beyond the paper: a U-Net on the frozen features (beyond.py)")
     add("--align", action="store_true", help="beyond the paper: dense alignment of pixels and texts (beyond.py)")
-    add("--tune-encoder", default="none", choices=("none", "lora", "all"), help="beyond the paper; nothing is cached then")
+    add("--tune-encoder", default="none", choices=("none", "lora", "all"),
+        help="beyond the paper; nothing is cached then")
     add("--lora-rank", type=positive_int, default=4)
     add("--compile", action="store_true", help="torch.compile: a minute or more first; its gain is not measured")
     add("--feature-grid", type=positive_int, help="pool the features to this grid, to train on a CPU")
@@ -376,9 +378,9 @@ def main():
                 train(r)
         except Stopped:
             saved = r and (r.out / "training.safetensors").is_file()
+            what = f"saved at step {r.progress['step']}; go on with --resume" if saved else "stopped before the first step"
             if rank == 0:
-                print(f"train.py: {signals.name()}: " + (f"saved at step {r.progress['step']}; go on with --resume"
-                                                         if saved else "stopped before the first step"), file=sys.stderr)
+                print(f"train.py: {signals.name()}: {what}", file=sys.stderr)
             sys.exit(128 + (signals.seen or signal.SIGTERM))
     if world > 1:
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import runs
 from common import LIGHT, InputError
@@ -23,6 +24,19 @@ def test_checkpoint_returns_what_was_saved(tmp_path):
         for a, b in zip(model(None, INDEX, FIVE, features=features), again(None, INDEX, FIVE, features=features)):
             assert torch.equal(a, b)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_checkpoints_of_one_folder_have_a_config_each(tmp_path):
+    """As in weights/, where they are float16 too."""
+    for name, priors in (("a", ("shape",)), ("b", ("texture",))):
+        save_checkpoint(small(priors=priors), tmp_path / f"{name}.safetensors")
+        (tmp_path / "config.json").rename(tmp_path / f"{name}.json")
+        save_file({k: v.half() for k, v in load_file(tmp_path / f"{name}.safetensors").items()},
+                  tmp_path / f"{name}.safetensors")
+    model, record = load_checkpoint(tmp_path / "a.safetensors")
+    assert model.config.priors == ("shape",) and record == {}
+    assert load_checkpoint(tmp_path / "b.safetensors")[0].config.priors == ("texture",)
+    assert {p.dtype for p in model.trained().values()} == {torch.float32}
 
 
 def break_checkpoint(folder, how):
