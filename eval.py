@@ -193,7 +193,6 @@ def main():
         return run_tables(args.tables, args.seeds, args.out, both, flags_of(
             args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
     rank, world, device = start_processes()
-    say = print if rank == 0 else lambda *a, **k: None
     model, record = build_model(args, args.checkpoint or newest_checkpoint())
     args.dataset = args.dataset or record.get("dataset") or "demo"
     size = model.config.image_size
@@ -214,7 +213,8 @@ def main():
                          args.mean_wordings or 1)
 
     ours = predictor(model)
-    say(model.describe())
+    if rank == 0:
+        print(model.describe())
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split, prompt=args.prompt,
                  points=args.points, text=args.text, attributes_file=args.attributes_file,
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,

@@ -25,18 +25,9 @@ STYLES = [dict(color=colour, marker=marker, linestyle=line) for colour, marker, 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
 
-def overlap_and_small(rows, path):
-    """Figure 3. rows: (prompt, {method: (overlap rates [n], Dice [n], line_through() them)},
-    {method: by_modality() of the small ones})."""
-    figure = plt.figure(figsize=(11, 4.6 * len(rows)))
-    for at, (prompt, lines, spokes) in enumerate(rows):
-        draw_overlap(figure.add_subplot(len(rows), 2, 2 * at + 1), prompt, lines)
-        draw_small(figure.add_subplot(len(rows), 2, 2 * at + 2, projection="polar"), prompt, spokes)
-    save(figure, path)
-
-
 def draw_overlap(axis, prompt, lines):
-    """Dice over the overlap rate: the line, and a marker for the mean of each tenth of the rates."""
+    """Figure 3, left: Dice over the overlap rate, a line and a marker for the mean of each tenth of the rates. lines:
+    {method: (overlap rates [n], Dice [n], line_through() them)}."""
     for style, (label, (x, y, line)) in zip(cycle(STYLES), lines.items()):
         bins = np.clip((10 * x).astype(int), 0, 9)
         means = [(x[bins == b].mean(), y[bins == b].mean()) for b in np.unique(bins)]
@@ -54,7 +45,8 @@ def draw_overlap(axis, prompt, lines):
 
 
 def draw_small(axis, prompt, spokes):
-    """Dice of small objects, a spoke for each modality that has some."""
+    """Figure 3, right: Dice of small objects, a spoke for each modality that has some. spokes: {method: by_modality()
+    of the small ones}."""
     counts = next(iter(spokes.values()))["count"]
     names = [m for m in counts.index if any(found["count"][m] for found in spokes.values())]
     turn = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
@@ -130,8 +122,11 @@ def line_through(x, y):
 
 def figure3(evaluations, path):
     """Left: Dice over the overlap rate; right: Dice of small objects per modality. A row for each prompt."""
-    rows, body = [], []
-    for prompt in ("box", "point", "none"):
+    prompts = [p for p in ("box", "point", "none") if any(e["prompt"] == p for _, e in evaluations)]
+    if not prompts:
+        raise InputError("no evaluation to draw")
+    figure, body = plt.figure(figsize=(11, 4.6 * len(prompts))), []
+    for at, prompt in enumerate(prompts):
         lines, spokes = {}, {}
         for label, e in evaluations:
             if e["prompt"] == prompt:
@@ -143,14 +138,12 @@ def figure3(evaluations, path):
                 lines[label], spokes[label] = (x, y, line), small
                 body.append([f"{label}, {prompt}", *([f"{line.rvalue:.2f}", f"{line.slope:.2f}"] if line else "--"),
                              str(len(x)), show(100 * small["mean"].mean()), str(small["count"].sum())])
-        if lines:
-            rows.append((prompt, lines, spokes))
-            for name, (r, slope) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
-                small = NUMBERS["figure3"]["small"][prompt].get(name, np.nan)
-                body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{slope:.2f}", "-", show(small), "-"])
-    if not rows:
-        raise InputError("no evaluation to draw")
-    overlap_and_small(rows, path)
+        draw_overlap(figure.add_subplot(len(prompts), 2, 2 * at + 1), prompt, lines)
+        draw_small(figure.add_subplot(len(prompts), 2, 2 * at + 2, projection="polar"), prompt, spokes)
+        for name, (r, slope) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
+            small = NUMBERS["figure3"]["small"][prompt].get(name, np.nan)
+            body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{slope:.2f}", "-", show(small), "-"])
+    save(figure, path)
     heads = ["prompt", "r", "slope", "targets", "small: average Dice", "small objects"]
     return (markdown(heads, body) + "\nOverlap rate: the share of a target's bounding box that boxes of other classes in "
             f"its image cover, over the images with two classes or more; small: below {SMALL:.0%} of the image.\n"
@@ -159,12 +152,14 @@ def figure3(evaluations, path):
 
 def figure4(evaluations, path):
     """Box plots of Dice per class, over the cases."""
-    if not evaluations:
+    tables = [(e["volumes"] if len(e["volumes"]) else e["targets"]).assign(method=f"{label}, {e['prompt']}")
+              for label, e in evaluations]
+    dice = pd.concat([table.dropna(subset="dice_strict") for table in tables]) if tables else ()
+    if not len(dice):
         raise InputError("no evaluation to draw")
     first = evaluations[0][1]
     unit = "volumes" if len(first["volumes"]) else "images"
-    dice = pd.concat([(e["volumes"] if len(e["volumes"]) else e["targets"]).assign(method=f"{label}, {e['prompt']}")
-                      for label, e in evaluations]).dropna(subset="dice_strict")
+    dice = dice.sort_values("target", key=lambda names: pd.factorize(names)[0], kind="stable")  # as they come first
     boxes = dice.groupby(["target", "method"], sort=False)["dice_strict"]
     box_plots(boxes, path, f"{first['dataset']}: Dice (strict) of single {unit}")
     quartiles = 100 * boxes.quantile((0.25, 0.5, 0.75)).unstack()
@@ -183,8 +178,7 @@ def figure6(evaluations, path, tables):
         fractions = {row: values for row, values in rows["figure6"].items() if values}
     for label, e in evaluations:
         if e["prompt"] == "point":
-            value = e["table"]["mean"]["dice_strict"]
-            points.setdefault(label, {})[e["points"]] = np.nan if value is None else value
+            points.setdefault(label, {})[e["points"]] = np.array(e["table"]["mean"]["dice_strict"], float)  # None: NaN
     if not fractions and not points:
         raise InputError("nothing to draw: give evaluations with --prompt point, or --tables FILE")
     fractions_and_points(fractions, points, path)

@@ -38,6 +38,7 @@ def read_evaluations(items):
 
 
 def show(value, form=".2f"):
+    """A number as a cell of a table; NaN, what is not known, is a dash."""
     return "-" if np.isnan(value) else format(value, form)
 
 
