@@ -43,7 +43,7 @@ def evaluate_case(predictor, dataset, images, step=lambda: None, largest_compone
     if dataset.volumes:
         prediction, truth = map(np.stack, zip(*maps))
         prediction = largest_components(prediction) if largest_component else prediction
-        found = ([each for each in by_class(*pair, dataset.classes) if each[2].any()] for pair in zip(prediction, truth))
+        found = ([each for each in by_class(a, b, dataset.classes) if each[2].any()] for a, b in zip(prediction, truth))
         # the slice with most classes, then with most of them
         shown = images[max(range(len(truth)), key=lambda z: (len(np.unique(truth[z])), (truth[z] > 0).sum()))]
         spacing = dataset.source.spacing(sample.case)
@@ -52,7 +52,7 @@ def evaluate_case(predictor, dataset, images, step=lambda: None, largest_compone
             numbers |= {f"{k}_mm": mm[name][k] for k in ("hd95", "hd95_strict") if mm}
             rows.append(dict(image=shown, volume=True, target=name, **about, **numbers))
     for i, masks in zip(images, found):
-        overlap = overlap_rate(np.stack([truth for *_, truth in masks]), [name for name, *_ in masks]) if masks else ()
+        overlap = overlap_rate(np.array([truth for *_, truth in masks]), [name for name, *_ in masks])
         for (name, a, b), rate in zip(masks, overlap):
             numbers = dict(dice_strict=dice(a, b), iou_strict=iou(a, b)) if dataset.volumes else score(a, b)
             numbers |= dict(area=float(b.mean()), overlap=float(rate))
@@ -220,8 +220,8 @@ def main():
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,
                  limit=args.limit, step=record.get("step"), precision=args.precision, model=model.describe(),
                  images=len(dataset))
-    settings = json.dumps(about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained())))
-    journal = Journal(args.json, rank, settings)
+    settings = about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained()))
+    journal = Journal(args.json, rank, json.dumps(settings))
     volumes, targets = evaluate(ours, dataset, journal, rank, world, largest_component=args.largest_component)
     if rank == 0:
         show(args, about, ours, beside and predictor(beside), dataset, volumes, targets)
@@ -250,8 +250,9 @@ def show(args, about, ours, beside, dataset, volumes, targets):
     if by_modality:
         print_table(by_modality, "by modality")
     if args.json:
-        parts = about | dict(table=table, modalities=by_modality, targets=columns(targets, dataset),
-                             volumes=columns(volumes, dataset) if dataset.volumes else None)
+        parts = about | dict(table=table, modalities=by_modality,
+                             volumes=columns(volumes, dataset) if len(volumes) else None,
+                             targets=columns(targets, dataset))
         lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items())
         write_atomically(args.json, "{{\n{}\n}}\n".format(",\n".join(lines)).encode())
     if args.plots:

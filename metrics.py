@@ -215,10 +215,9 @@ def summarise(scores, column, seed=0):
         # sparse: a data set of 20 million masks has cases by the million, each with a few of its classes
         sums, counts = (csr_array((values, (case[known], group[known])), (len(cases), len(names)))
                         for values in (scores[metric].to_numpy()[known], np.ones(known.sum())))
-        for name, found in zip([*names, "mean"], bootstrap_means(sums, counts, seed)):
-            table[name][interval] = found
-        for name, n in zip([*names, "mean"], [*(counts > 0).sum(0), len(cases)]):
-            table[name]["cases"] = int(n)
+        n = [*(counts > 0).sum(0), len(cases)]
+        for name, found, each in zip([*names, "mean"], bootstrap_means(sums, counts, seed), n):
+            table[name] |= {interval: found, "cases": int(each)}
     return table
 
 
