@@ -7,6 +7,7 @@ Without a prompt every organ is asked for by its text, and the answers are merge
 box, which are cut from the truth, only the organs that a slice holds are asked for.
 """
 import json
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -15,60 +16,59 @@ from tqdm import tqdm
 
 import plots
 from common import (InputError, Parser, add_model_flags, add_runtime_flags, make_folder, model_options, number, run,
-                    start_processes, whole)
+                    start_processes, write_atomically)
 from data import PROMPTS, SPLITS, add_data_flags, knobs, open_dataset
 from encoders import FeatureCache, fingerprint
 from inference import Predictor, answers, by_class, label_maps, largest_components, original_image, predict
 from medsegr import Config, MedSegR
-from metrics import (Journal, Scores, dice, iou, mean, overlap_rate, print_table, score, score_labels,
-                     summarise)
+from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
+                     summarise, with_none)
 from runs import load_checkpoint, newest_checkpoint
 from texts import TEXTS, Rephrased, Texts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of a data set
 
-def evaluate_case(predictor, dataset, first, end, step=lambda: None, largest_component=False):
-    """The images first..end - 1 of a case -> (rows of its volume, rows of its targets), as Scores.add takes them."""
-    maps, volume, targets = [], [], []
-    for i in range(first, end):
+def evaluate_case(predictor, dataset, images, step=lambda: None, largest_component=False):
+    """The images of a case, numbers -> the rows of its volume and of its targets, as metrics.score_table takes them."""
+    maps, rows = [], []
+    for i in images:
         sample = predictor.prepare(dataset[i])
         if dataset.volumes:
             maps.append(label_maps(predictor, sample, dataset.classes))
         else:  # an image is a case of its own
-            images = [answers(*predictor(sample), sample)]
+            found = [answers(*predictor(sample), sample)]
         step()
+    about = dict(case=sample.case, modality=sample.modality)
     if dataset.volumes:
         prediction, truth = map(np.stack, zip(*maps))
         prediction = largest_components(prediction) if largest_component else prediction
-        present = lambda found: [each for each in found if each[2].any()]
-        images = (present(by_class(*pair, dataset.classes)) for pair in zip(prediction, truth))
+        found = ([each for each in by_class(a, b, dataset.classes) if each[2].any()] for a, b in zip(prediction, truth))
         # the slice with most classes, then with most of them
-        shown = first + max(range(len(truth)), key=lambda z: (len(np.unique(truth[z])), (truth[z] > 0).sum()))
+        shown = images[max(range(len(truth)), key=lambda z: (len(np.unique(truth[z])), (truth[z] > 0).sum()))]
         spacing = dataset.source.spacing(sample.case)
         mm = score_labels(prediction, truth, dataset.classes, spacing) if spacing else {}
         for name, numbers in score_labels(prediction, truth, dataset.classes).items():
             numbers |= {f"{k}_mm": mm[name][k] for k in ("hd95", "hd95_strict") if mm}
-            volume.append((shown, sample.case, name, sample.modality, numbers))
-    for i, found in enumerate(images, first):
-        overlap = overlap_rate(np.stack([truth for *_, truth in found]), [name for name, *_ in found]) if found else ()
-        for (name, a, b), rate in zip(found, overlap):
+            rows.append(dict(image=shown, volume=True, target=name, **about, **numbers))
+    for i, masks in zip(images, found):
+        overlap = overlap_rate(np.array([truth for *_, truth in masks]), [name for name, *_ in masks])
+        for (name, a, b), rate in zip(masks, overlap):
             numbers = dict(dice_strict=dice(a, b), iou_strict=iou(a, b)) if dataset.volumes else score(a, b)
             numbers |= dict(area=float(b.mean()), overlap=float(rate))
-            targets.append((i, sample.case, name, sample.modality, numbers))
-    return volume, targets
+            rows.append(dict(image=i, volume=False, target=name, **about, **numbers))
+    return rows
 
 
 def cases_of(dataset):
-    """[(first image, one past the last)] of each case, the longest first: a volume's slices are neighbours."""
-    if not dataset.volumes:
-        return [(i, i + 1) for i in range(len(dataset))]
-    starts = [i for i in range(len(dataset)) if not i or dataset.case(i) != dataset.case(i - 1)]
-    return sorted(zip(starts, [*starts[1:], len(dataset)]), key=lambda case: case[0] - case[1])
+    """[[number of each image] of each case], the longest first: a volume's slices are neighbours."""
+    cases = groupby(range(len(dataset)), dataset.case if dataset.volumes else None)
+    return sorted((list(images) for _, images in cases), key=len, reverse=True)
 
 
 def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True, largest_component=False):
-    """-> (Scores of the volumes, Scores of the targets), on rank 0; the cases are shared out among the processes.
+    """-> (scores of the volumes, scores of the targets), score_tables, on rank 0; the cases are shared out among the
+    processes.
 
     A case is a volume, or else an image of its own. A data set without volumes has no rows in the first.
     largest_component: of each class in a volume, that part alone.
@@ -77,48 +77,44 @@ def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True, l
     if world > 1:
         dist.barrier()  # all have read what is there
     journal.begin()
-    todo = [case for case in cases_of(dataset)[rank::world] if case[0] not in journal.done]
-    with tqdm(total=sum(end - first for first, end in todo), desc=f"evaluating, prompt {predictor.prompt}",
-              unit="image", disable=not progress or rank > 0, mininterval=1) as bar:
-        for first, end in todo:
-            journal.add(first, *evaluate_case(predictor, dataset, first, end, bar.update, largest_component))
-    found = [journal.scores]
+    todo = [images for images in cases_of(dataset)[rank::world] if images[0] not in journal.done]
+    with tqdm(total=sum(map(len, todo)), desc=f"evaluating, prompt {predictor.prompt}", unit="image",
+              disable=not progress or rank > 0, mininterval=1) as bar:
+        for images in todo:
+            journal.add(images[0], evaluate_case(predictor, dataset, images, bar.update, largest_component))
+    parts = [journal.rows]
     if world > 1:
-        found = [None] * world if rank == 0 else None
-        dist.gather_object(journal.scores, found)
-    volumes, targets = Scores(), Scores()
-    for scores, parts in zip((volumes, targets), zip(*(found or ()))):
-        scores.gather(parts)
-    return volumes, targets
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(journal.rows, parts)
+    scores = score_table([row for rows in parts or () for row in rows])
+    return scores[scores["volume"]], scores[~scores["volume"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 def typical(scores):
-    """Scores -> [(name, mean strict Dice, image)] of the best, median and worst case."""
-    cases = {}
-    for row, case, value in zip(scores.row, scores.case, scores["dice_strict"]):
-        cases.setdefault((case, row), []).append(value)
-    dice = {row: np.nanmean(values) for (_, row), values in cases.items() if not np.isnan(values).all()}
-    ranked = sorted(((float(v), row) for row, v in dice.items()), reverse=True)
-    chosen = dict.fromkeys((0, len(ranked) // 2, len(ranked) - 1)) if ranked else ()
+    """score_table -> {"best case": its image, "median case": ..., "worst case": ...} by mean strict Dice of the cases;
+    fewer where there are fewer cases with a Dice."""
+    dice = scores.groupby("image")["dice_strict"].mean().dropna().reset_index()  # an image stands for its case
+    ranked = dice.sort_values(["dice_strict", "image"], ascending=False)["image"].tolist()
+    chosen = sorted({0, len(ranked) // 2, len(ranked) - 1}) if ranked else ()
     names = ("best case", "median case", "worst case") if len(chosen) == 3 else ("best case", "worst case")
-    return [(name, *ranked[i]) for name, i in zip(names, chosen)]
+    return {name: ranked[i] for name, i in zip(names, chosen)}
 
 
 def draw_typical(predictors, dataset, scores, path, title):
     """A PNG of image, truth and each predictor's masks in the best, median and worst case of `scores`, which are those
     of one of them, a row for each; nothing where none has a Dice. predictors: {name: Predictor}."""
     pictures = []
-    for note, _, row in typical(scores):
+    for note, row in typical(scores).items():
         sample = next(iter(predictors.values())).prepare(dataset[row])  # all are asked with the same prompt
         image, truth = original_image(sample), list(zip(sample.targets, sample.truth))
         pictures += [(f"{note}: {sample.key}", image, []), ("truth", image, truth)]
         for name, predictor in predictors.items():
             found = predict(predictor, sample, dataset)
-            value = mean(dice(a, b) for _, a, b in found)
-            pictures.append((name if value is None else f"{name}, Dice {value:.2f}", image,
+            values = [value for value in (dice(a, b) for _, a, b in found) if value is not None]
+            pictures.append((f"{name}, Dice {np.mean(values):.2f}" if values else name, image,
                              [(asked, a) for asked, a, _ in found if a.any()]))
     if pictures:
         plots.contact_sheet(pictures, path, title, 2 + len(predictors), inches=3)
@@ -198,7 +194,6 @@ def main():
         return run_tables(args.tables, args.seeds, args.out, both, flags_of(
             args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
     rank, world, device = start_processes()
-    say = print if rank == 0 else lambda *a, **k: None
     model, record = build_model(args, args.checkpoint or newest_checkpoint())
     args.dataset = args.dataset or record.get("dataset") or "demo"
     size = model.config.image_size
@@ -219,14 +214,15 @@ def main():
                          args.mean_wordings or 1)
 
     ours = predictor(model)
-    say(model.describe())
+    if rank == 0:
+        print(model.describe())
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split, prompt=args.prompt,
                  points=args.points, text=args.text, attributes_file=args.attributes_file,
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,
                  limit=args.limit, step=record.get("step"), precision=args.precision, model=model.describe(),
                  images=len(dataset))
-    settings = json.dumps(about | dict(weights=fingerprint(model.trained()), data=str(args.data), texts=str(args.texts)))
-    journal = Journal(args.json, rank, settings)
+    settings = about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained()))
+    journal = Journal(args.json, rank, json.dumps(settings))
     volumes, targets = evaluate(ours, dataset, journal, rank, world, largest_component=args.largest_component)
     if rank == 0:
         show(args, about, ours, beside and predictor(beside), dataset, volumes, targets)
@@ -237,35 +233,40 @@ def main():
         journal.remove()
 
 
+def columns(scores, dataset):
+    """score_table -> {column: list} for JSON, with the images' keys; numbers that no row has are left out."""
+    scores = scores.drop(columns=["volume", *(c for c in NUMBERS if scores[c].isna().all())])
+    return with_none(scores.assign(image=[dataset.key(i) for i in scores["image"]])).to_dict("list")
+
+
 def show(args, about, ours, beside, dataset, volumes, targets):
     """Prints the tables, writes the JSON and the pictures."""
     scores = volumes if dataset.volumes else targets
-    table = summarise(scores, scores.name, args.seed)
+    table = summarise(scores, "target", args.seed)
     how = f"prompt: {args.prompt}" + (f", mean of up to {args.mean_wordings} wordings" if args.mean_wordings else "")
     print_table({c: table[c] for c in (*dataset.classes, "mean") if c in table},
                 how + ", largest component" * args.largest_component)
-    modalities = sorted(set(targets.modality))
-    by_modality = summarise(targets, targets.modality, args.seed) if len(modalities) > 1 else None
+    modalities = sorted(set(targets["modality"]))
+    by_modality = summarise(targets, "modality", args.seed) if len(modalities) > 1 else None
     if by_modality:
         print_table(by_modality, "by modality")
     if args.json:
-        key = lambda i: dataset.key(i)
-        with whole(args.json) as f:
-            parts = about | dict(table=table, modalities=by_modality, volumes=volumes.columns(key) if volumes else None,
-                                 targets=targets.columns(key))
-            f.write(b"{\n" + b",\n".join(json.dumps(k).encode() + b": " + json.dumps(v).encode()
-                                         for k, v in parts.items()) + b"\n}\n")
+        parts = about | dict(table=table, modalities=by_modality,
+                             volumes=columns(volumes, dataset) if len(volumes) else None,
+                             targets=columns(targets, dataset))
+        lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items())
+        write_atomically(args.json, "{{\n{}\n}}\n".format(",\n".join(lines)).encode())
     if args.plots:
         named = {about["model"].split(" ")[1] if args.checkpoint == "sam" else "MedSeg-R": ours}
         if beside:
             named = {"SAM" if args.beside == "sam" else Path(args.beside).stem: beside} | named
         for modality in modalities if by_modality else (None,):
-            part = scores if modality is None else scores.where(lambda i: scores.modality[i] == modality)
+            part = scores if modality is None else scores[scores["modality"] == modality]
             path = Path(args.plots) / f"{args.dataset}-{args.prompt}{'-' + modality if modality else ''}.png"
-            cases = len(set(part.case)) if dataset.volumes else len(set(part.row))
-            kind = "volumes" if dataset.volumes else "images"
-            draw_typical(named, dataset, part, path, f"{args.dataset}{', ' + modality if modality else ''}: of {cases} "
-                         f"{args.split} {kind}, {how}" + ", before --largest-component" * args.largest_component)
+            of = f"{part['case'].nunique()} {args.split} volumes" if dataset.volumes else \
+                f"{part['image'].nunique()} {args.split} images"
+            draw_typical(named, dataset, part, path, f"{args.dataset}{', ' + modality if modality else ''}: of {of}, "
+                         f"{how}" + ", before --largest-component" * args.largest_component)
 
 
 if __name__ == "__main__":

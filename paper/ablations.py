@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from common import ATTRIBUTES, InputError, locked, make_folder, read_json, write_atomically
 from medsegr import BRANCHES
-from paper.tables import NUMBERS, markdown
+from paper.tables import NUMBERS, markdown, show
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py and eval.py lie
 OFF = ("--branches", "sam")  # SAM with its decoder tuned: no text, no stage
@@ -133,17 +134,14 @@ def table_text(table, numbers, about):
         paper = dict(datasets=(), rows={})
     heads = ["row", "Dice", "± sd", "seeds", "to the last row", *(f"paper, {name}*" for name in paper["datasets"]),
              *("to the last row*" for _ in paper["datasets"])]
-    full = list(numbers)[-1]
-    rows = []
-    for row, values in numbers.items():
-        cells = [row, *"----"]
-        if values:
-            spread = f"{100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
-            cells = [row, f"{100 * np.mean(values):.2f}", spread, str(len(values)),
-                     f"{100 * (np.mean(values) - np.mean(numbers[full])):+.2f}" if numbers[full] else "-"]
+    dice = {row: 100 * pd.Series(values, dtype=float) for row, values in numbers.items()}  # NaN: of too few seeds
+    full, rows = list(numbers)[-1], []
+    for row, values in dice.items():
+        difference = values.mean() - dice[full].mean()
+        cells = [row, show(values.mean()), show(values.std()), str(len(values) or "-"), show(difference, "+.2f")]
         if row in paper["rows"]:
-            cells += [f"{v:.2f}" for v in paper["rows"][row]]
-            cells += [f"{v - w:+.2f}" for v, w in zip(paper["rows"][row], paper["rows"][full])]
+            theirs = np.array(paper["rows"][row])
+            cells += [*map(show, theirs), *(show(v, "+.2f") for v in theirs - paper["rows"][full])]
         rows.append(cells)
     title = f"table {table}" if table.isdigit() else table
     return (f"**{title}**: {about.get('dataset')}, {about.get('split')}, prompt {about.get('prompt')}, "

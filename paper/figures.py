@@ -9,13 +9,12 @@ An evaluation is LABEL=FILE, as in tables.py; figures 7 to 9 are drawn by eval.p
 from itertools import cycle
 
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.patches import Patch
+import pandas as pd
 from scipy.stats import linregress
 
 from common import InputError, read_json, run
 from metrics import SMALL
-from paper.tables import NUMBERS, average, by_modality, markdown, note, parse, percent, targets_of
+from paper.tables import NUMBERS, by_modality, markdown, note, parse, show
 from plots import COLOURS, plt
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,18 +25,9 @@ STYLES = [dict(color=colour, marker=marker, linestyle=line) for colour, marker, 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 
 
-def overlap_and_small(rows, path):
-    """Figure 3. rows: (prompt, {method: (overlap rates [n], Dice [n], line_through() them)},
-    {method: {modality: (Dice, n)}})."""
-    figure = plt.figure(figsize=(11, 4.6 * len(rows)))
-    for at, (prompt, lines, spokes) in enumerate(rows):
-        draw_overlap(figure.add_subplot(len(rows), 2, 2 * at + 1), prompt, lines)
-        draw_small(figure.add_subplot(len(rows), 2, 2 * at + 2, projection="polar"), prompt, spokes)
-    save(figure, path)
-
-
 def draw_overlap(axis, prompt, lines):
-    """Dice over the overlap rate: the line, and a marker for the mean of each tenth of the rates."""
+    """Figure 3, left: Dice over the overlap rate, a line and a marker for the mean of each tenth of the rates. lines:
+    {method: (overlap rates [n], Dice [n], line_through() them)}."""
     for style, (label, (x, y, line)) in zip(cycle(STYLES), lines.items()):
         bins = np.clip((10 * x).astype(int), 0, 9)
         means = [(x[bins == b].mean(), y[bins == b].mean()) for b in np.unique(bins)]
@@ -55,14 +45,15 @@ def draw_overlap(axis, prompt, lines):
 
 
 def draw_small(axis, prompt, spokes):
-    """Dice of small objects, a spoke for each modality that has some."""
-    counts = next(iter(spokes.values()))
-    names = [m for m in counts if any(s[m][1] for s in spokes.values())]
+    """Figure 3, right: Dice of small objects, a spoke for each modality that has some. spokes: {method: by_modality()
+    of the small ones}."""
+    counts = next(iter(spokes.values()))["count"]
+    names = [m for m in counts.index if any(found["count"][m] for found in spokes.values())]
     turn = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    for style, (label, dice) in zip(cycle(STYLES), spokes.items()):
-        values = [dice[m][0] for m in names]
+    for style, (label, found) in zip(cycle(STYLES), spokes.items()):
+        values = found["mean"][names].tolist()
         axis.plot([*turn, *turn[:1]], [*values, *values[:1]], **style, label=label, markersize=4, linewidth=1.4)
-    axis.set_xticks(turn, [f"{m}\n(n = {counts[m][1]})" for m in names], fontsize=8)
+    axis.set_xticks(turn, [f"{m}\n(n = {counts[m]})" for m in names], fontsize=8)
     axis.tick_params(axis="x", pad=12)
     axis.set(ylim=(0, 1), theta_offset=np.pi / 2, theta_direction=-1)
     axis.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1"], fontsize=7, color="#555555")
@@ -71,27 +62,24 @@ def draw_small(axis, prompt, spokes):
 
 
 def box_plots(boxes, path, title):
-    """Figure 4. boxes: {class: {method: [Dice of each case]}}; the cases are drawn as well."""
-    methods = list(dict.fromkeys(m for labels in boxes.values() for m in labels))
-    figure, axis = plt.subplots(figsize=(max(6, 0.55 * len(boxes) * (len(methods) + 0.8) + 1.2), 4.2))
-    width, handles = 0.8 / len(methods), []
-    for m, method in enumerate(methods):
-        colour, hatch = STYLES[m % len(STYLES)]["color"], HATCHES[m % len(HATCHES)]
-        places = [k + (m - (len(methods) - 1) / 2) * width for k, labels in enumerate(boxes.values()) if method in labels]
-        values = [labels[method] for labels in boxes.values() if method in labels]
-        drawn = axis.boxplot(values, positions=places, widths=0.85 * width, patch_artist=True, showfliers=False,
-                             medianprops=dict(color="black", linewidth=1.6), manage_ticks=False)
-        for box in drawn["boxes"]:
-            box.set(facecolor=(*to_rgb(colour), 0.35), hatch=hatch, edgecolor=colour)
+    """Figure 4. boxes: the Dice of each case, grouped by class and method; the cases are drawn as well."""
+    counts = boxes.size().unstack(sort=False)
+    (classes, methods), figure_width = counts.axes, max(6, 0.55 * len(counts) * (counts.shape[1] + 0.8) + 1.2)
+    figure, axis = plt.subplots(figsize=(figure_width, 4.2))
+    width = 0.8 / len(methods)
+    for m, (method, style, hatch) in enumerate(zip(methods, cycle(STYLES), cycle(HATCHES))):
+        places, values = zip(*((k + (m - (len(methods) - 1) / 2) * width, boxes.get_group((name, method)))
+                               for k, name in enumerate(classes) if (name, method) in boxes.groups))
+        axis.boxplot(values, positions=places, widths=0.85 * width, patch_artist=True, showfliers=False, label=method,
+                     medianprops=dict(color="black", linewidth=1.6), manage_ticks=False,
+                     boxprops=dict(facecolor=(style["color"], 0.35), hatch=hatch, edgecolor=style["color"]))
         for place, each in zip(places, values):
             if len(each) <= 50:
                 axis.plot(place + np.linspace(-0.2, 0.2, len(each)) * width, each, "o", color="black", markersize=3)
-        handles.append(Patch(facecolor=(*to_rgb(colour), 0.35), hatch=hatch, edgecolor=colour, label=method))
-    counts = [max(map(len, labels.values())) for labels in boxes.values()]
-    axis.set_xticks(range(len(boxes)), [f"{name}\n(n = {n})" for name, n in zip(boxes, counts)], fontsize=8)
+    labels = [f"{name}\n(n = {n:.0f})" for name, n in counts.max(axis=1).items()]
+    axis.set_xticks(range(len(classes)), labels, fontsize=8)
     axis.set(ylabel="Dice", ylim=(-0.03, 1.03), title=title)
-    axis.legend(handles=handles, frameon=False, fontsize=8, ncols=len(methods), loc="upper center",
-                bbox_to_anchor=(0.5, -0.16))
+    axis.legend(frameon=False, fontsize=8, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
@@ -132,39 +120,31 @@ def line_through(x, y):
 # ---------------------------------------------------------------------------------------------------------------------
 # From evaluations
 
-def several(columns):
-    """Targets of images with two classes or more: elsewhere nothing can overlap."""
-    classes = {}
-    for image, target in zip(columns["image"], columns["target"]):
-        classes.setdefault(image, set()).add(target)
-    return np.array([len(classes[image]) > 1 for image in columns["image"]], bool)
-
-
 def figure3(evaluations, path):
     """Left: Dice over the overlap rate; right: Dice of small objects per modality. A row for each prompt."""
-    rows = []
-    for prompt in ("box", "point", "none"):
+    prompts = [p for p in ("box", "point", "none") if any(e["prompt"] == p for _, e in evaluations)]
+    if not prompts:
+        raise InputError("no evaluation to draw")
+    figure, body = plt.figure(figsize=(11, 4.6 * len(prompts))), []
+    for at, prompt in enumerate(prompts):
         lines, spokes = {}, {}
         for label, e in evaluations:
             if e["prompt"] == prompt:
-                crowd = targets_of(e, several)
-                x, y = crowd["overlap"], crowd["dice_strict"]
-                lines[label] = x, y, line_through(x, y)
-                spokes[label] = by_modality(e, lambda columns: columns["area"] < SMALL)
-        if lines:
-            rows.append((prompt, lines, spokes))
-    if not rows:
-        raise InputError("no evaluation to draw")
-    overlap_and_small(rows, path)
-    heads, body = ["prompt", "r", "slope", "targets", "small: average Dice", "small objects"], []
-    for prompt, lines, spokes in rows:
-        for label, (x, _, line) in lines.items():
-            body.append([f"{label}, {prompt}", *([f"{line.rvalue:.2f}", f"{line.slope:.2f}"] if line else "--"),
-                         str(len(x)), percent(average(spokes[label])), str(sum(n for _, n in spokes[label].values()))])
+                targets = e["targets"][e["targets"]["area"] > 0]
+                # in an image of a single class nothing can overlap
+                crowd = targets[targets.groupby("image")["target"].transform("nunique") > 1]
+                x, y = (crowd[column].to_numpy(float) for column in ("overlap", "dice_strict"))
+                line, small = line_through(x, y), by_modality(targets[targets["area"] < SMALL])
+                lines[label], spokes[label] = (x, y, line), small
+                body.append([f"{label}, {prompt}", *([f"{line.rvalue:.2f}", f"{line.slope:.2f}"] if line else "--"),
+                             str(len(x)), show(100 * small["mean"].mean()), str(small["count"].sum())])
+        draw_overlap(figure.add_subplot(len(prompts), 2, 2 * at + 1), prompt, lines)
+        draw_small(figure.add_subplot(len(prompts), 2, 2 * at + 2, projection="polar"), prompt, spokes)
         for name, (r, slope) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
-            small = NUMBERS["figure3"]["small"][prompt].get(name)
-            body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{slope:.2f}", "-",
-                         f"{small:.2f}" if small else "-", "-"])
+            small = NUMBERS["figure3"]["small"][prompt].get(name, np.nan)
+            body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{slope:.2f}", "-", show(small), "-"])
+    save(figure, path)
+    heads = ["prompt", "r", "slope", "targets", "small: average Dice", "small objects"]
     return (markdown(heads, body) + "\nOverlap rate: the share of a target's bounding box that boxes of other classes in "
             f"its image cover, over the images with two classes or more; small: below {SMALL:.0%} of the image.\n"
             + note(False))
@@ -172,18 +152,18 @@ def figure3(evaluations, path):
 
 def figure4(evaluations, path):
     """Box plots of Dice per class, over the cases."""
-    boxes = {}
-    for label, e in evaluations:
-        columns = e["volumes"] or e["targets"]
-        for target, dice in zip(columns["target"], columns["dice_strict"]):
-            if dice is not None:
-                boxes.setdefault(target, {}).setdefault(f"{label}, {e['prompt']}", []).append(dice)
-    if not boxes:
+    tables = [(e["volumes"] if len(e["volumes"]) else e["targets"]).assign(method=f"{label}, {e['prompt']}")
+              for label, e in evaluations]
+    dice = pd.concat([table.dropna(subset="dice_strict") for table in tables]) if tables else ()
+    if not len(dice):
         raise InputError("no evaluation to draw")
-    unit = "volumes" if evaluations[0][1]["volumes"] else "images"
-    box_plots(boxes, path, f"{evaluations[0][1]['dataset']}: Dice (strict) of single {unit}")
-    rows = [[f"{target}, {label}", str(len(v)), *(percent(q) for q in np.quantile(v, (0.25, 0.5, 0.75)))]
-            for target, labels in boxes.items() for label, v in labels.items()]
+    first = evaluations[0][1]
+    unit = "volumes" if len(first["volumes"]) else "images"
+    dice = dice.sort_values("target", key=lambda names: pd.factorize(names)[0], kind="stable")  # as they come first
+    boxes = dice.groupby(["target", "method"], sort=False)["dice_strict"]
+    box_plots(boxes, path, f"{first['dataset']}: Dice (strict) of single {unit}")
+    quartiles = 100 * boxes.quantile((0.25, 0.5, 0.75)).unstack()
+    rows = [[", ".join(names), str(len(values)), *map(show, quartiles.loc[names])] for names, values in boxes]
     return markdown(["", unit, "first quartile", "median", "third quartile"], rows)
 
 
@@ -198,14 +178,14 @@ def figure6(evaluations, path, tables):
         fractions = {row: values for row, values in rows["figure6"].items() if values}
     for label, e in evaluations:
         if e["prompt"] == "point":
-            points.setdefault(label, {})[e["points"]] = e["table"]["mean"]["dice_strict"]
+            points.setdefault(label, {})[e["points"]] = np.array(e["table"]["mean"]["dice_strict"], float)  # None: NaN
     if not fractions and not points:
         raise InputError("nothing to draw: give evaluations with --prompt point, or --tables FILE")
     fractions_and_points(fractions, points, path)
     paper = NUMBERS["figure6"]["fraction"]
-    rows = [[f"{row} of the training data", percent(np.mean(v)), f"± {100 * np.std(v, ddof=1):.2f}, {len(v)} seeds"
-             if len(v) > 1 else "one seed", f"{paper[row]:.2f}" if row in paper else "-"] for row, v in fractions.items()]
-    rows += [[f"{label}, {n} point{'s' * (n > 1)}", percent(v), "", "-"] for label, line in points.items()
+    rows = [[f"{row} of the training data", show(100 * np.mean(v)), f"± {100 * np.std(v, ddof=1):.2f}, {len(v)} seeds"
+             if len(v) > 1 else "one seed", show(paper.get(row, np.nan))] for row, v in fractions.items()]
+    rows += [[f"{label}, {n} point{'s' * (n > 1)}", show(100 * v), "", "-"] for label, line in points.items()
              for n, v in sorted(line.items())]
     return markdown(["", "Dice", "", "paper*"], rows) + note(False)
 

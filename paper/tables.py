@@ -10,6 +10,7 @@ Tables 3 to 6 are trained by eval.py --tables (ablations.py), table 7 is measure
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from common import InputError, Parser, make_folder, read_json, run, write_atomically
 from readers.synapse import TEST_CASES
@@ -20,7 +21,7 @@ SA_MED2D_IMAGES = 900_000  # a fifth of SA-Med2D-20M, the paper's test images
 
 
 def read_evaluations(items):
-    """["LABEL=FILE"] -> [(label, what eval.py wrote)]."""
+    """["LABEL=FILE"] -> [(label, what eval.py wrote, its "volumes" and "targets" as DataFrames)]."""
     found, remedy = [], "not written by eval.py --json, or by an older one; evaluate again"
     for item in items:
         label, _, path = item.partition("=")
@@ -29,24 +30,16 @@ def read_evaluations(items):
         evaluation = read_json(path, remedy)
         try:
             evaluation["table"]["mean"], evaluation["targets"]["image"], evaluation["prompt"]
-        except (KeyError, TypeError):
+            evaluation |= {rows: pd.DataFrame(evaluation[rows] or {}) for rows in ("volumes", "targets")}
+        except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: {remedy}") from None
         found.append((label, evaluation))
     return found
 
 
-def targets_of(evaluation, keep=None):
-    """An evaluation's targets that lie in their image -> {column: array}, each [n]; keep: of the columns [n] -> [n]."""
-    columns = {k: np.array(v, dtype=None if k in ("image", "case", "target", "modality") else float)
-               for k, v in evaluation["targets"].items()}
-    there = columns["area"] > 0
-    columns = {k: v[there] for k, v in columns.items()}
-    chosen = slice(None) if keep is None else keep(columns)
-    return {k: v[chosen] for k, v in columns.items()}
-
-
-def percent(value, digits=2):
-    return "-" if value is None or np.isnan(value) else f"{100 * value:.{digits}f}"
+def show(value, form=".2f"):
+    """A number as a cell of a table; NaN, what is not known, is a dash."""
+    return "-" if np.isnan(value) else format(value, form)
 
 
 def markdown(head, rows):
@@ -57,27 +50,21 @@ def markdown(head, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def by_modality(evaluation, keep=None):
-    """-> {modality: (mean Dice over its targets, how many)} in the order of the paper's columns."""
-    columns = targets_of(evaluation, keep)
-    found = {m: columns["dice_strict"][columns["modality"] == m] for m in MODALITIES}
-    return {m: (float(v.mean()) if len(v) else np.nan, len(v)) for m, v in found.items()}
-
-
-def average(dice):
-    known = [v for v, _ in dice.values() if not np.isnan(v)]
-    return float(np.mean(known)) if known else np.nan
+def by_modality(targets):
+    """Targets of an evaluation -> DataFrame of their mean Dice and how many they are, a row for each modality of the
+    paper. Those that are not in their image do not count."""
+    dice = targets[targets["area"] > 0].groupby("modality")["dice_strict"]
+    return dice.agg(["mean", "count"]).reindex(MODALITIES).fillna({"count": 0}).astype({"count": int})
 
 
 def beside_the_papers(head, rows, same, papers, label, ours):
     """Markdown of our rows, the paper's, {method: numbers as printed}, and what `ours`, the numbers of `label`, differ
     by from its MedSeg-R. same: on the same data, so that they compare."""
     star = "" if same else "*"
-    rows = rows + [[f"paper: {name}{star}", *(f"{v:.2f}" for v in values)] for name, values in papers.items()]
+    rows = rows + [[f"paper: {name}{star}", *map("{:.2f}".format, values)] for name, values in papers.items()]
     if papers:
-        pairs = zip(ours, papers["MedSeg-R"])
-        rows.append([f"{label} − paper's MedSeg-R{star}",
-                     *("-" if v is None or np.isnan(v) else f"{v - w:+.2f}" for v, w in pairs)])
+        differences = np.array(ours, float) - papers["MedSeg-R"]
+        rows.append([f"{label} − paper's MedSeg-R{star}", *(show(v, "+.2f") for v in differences)])
     return markdown(["", *head], rows) + note(same)
 
 
@@ -89,18 +76,18 @@ def table1(evaluations):
     """Dice per modality and their average, for points and boxes."""
     text = ""
     for prompt in ("point", "box", "none"):
-        ours = [(label, by_modality(e), e) for label, e in evaluations if e["prompt"] == prompt]
+        ours = [(label, by_modality(e["targets"]), e) for label, e in evaluations if e["prompt"] == prompt]
         if not ours:
             continue
         same = all(e["dataset"] == "sa-med2d" and e["images"] >= SA_MED2D_IMAGES for *_, e in ours)
-        rows = [[label, *(percent(v) for v, _ in dice.values()), percent(average(dice))] for label, dice, _ in ours]
-        label, dice, first = ours[0]
-        counts = [n for _, n in dice.values()]
-        rows.append(["*masks*", *map(str, counts), str(sum(counts))])
+        numbers = [100 * np.append(found["mean"], found["mean"].mean()) for _, found, _ in ours]
+        rows = [[label, *map(show, values)] for (label, *_), values in zip(ours, numbers)]
+        label, found, first = ours[0]
+        rows.append(["*masks*", *map(str, found["count"]), str(found["count"].sum())])
         text += (f"**Table 1, prompt {prompt}**: Dice in percent, mean over the masks of {first['dataset']}, "
                  f"{first['split']} ({first['images']} images)\n\n"
                  + beside_the_papers([*MODALITIES, "average"], rows, same, NUMBERS["table1"].get(prompt, {}), label,
-                                     [*(100 * v for v, _ in dice.values()), 100 * average(dice)]) + "\n")
+                                     numbers[0]) + "\n")
     return text or "no evaluation with a prompt among the files\n"
 
 
@@ -112,24 +99,23 @@ def table2(evaluations):
     for label, e in evaluations:
         if e["dataset"] not in ("synapse", "demo"):
             raise InputError(f"{label}: of {e['dataset']}, but table 2 is of Synapse's organs")
-        same &= e["dataset"] == "synapse" and {c[4:] for c in e["volumes"]["case"]} == set(TEST_CASES)
+        same &= e["dataset"] == "synapse" and set(e["volumes"]["case"].str[4:]) == set(TEST_CASES)
         for convention, suffix in (("", ""), (", strict", "_strict")):
-            values, hd95 = organs_of(e, columns, suffix)
-            rows.append([f"{label}, prompt {e['prompt']}{convention}", *map(percent, values),
-                         "-" if hd95 is None else f"{hd95:.2f}"])
+            rows.append([f"{label}, prompt {e['prompt']}{convention}", *map(show, organs_of(e, columns, suffix))])
     label, first = evaluations[0]
-    values, hd95 = organs_of(first, columns, "")
-    cases = len(set((first["volumes"] or first["targets"])["case"]))
-    return (f"**Table 2**: Dice in percent, HD95 in voxels, means over {cases} volumes; TransUNet's convention and the "
-            "strict one\n\n" + beside_the_papers([*columns, "HD95"], rows, same, NUMBERS["table2"]["rows"], label, [
-                *(None if v is None else 100 * v for v in values), hd95])
+    return (f"**Table 2**: Dice in percent, HD95 in voxels, means over {first['volumes']['case'].nunique()} volumes; "
+            "TransUNet's convention and the strict one\n\n"
+            + beside_the_papers([*columns, "HD95"], rows, same, NUMBERS["table2"]["rows"], label,
+                                organs_of(first, columns, ""))
             + f"\nThe paper: {NUMBERS['table2']['note']}.\n")
 
 
 def organs_of(evaluation, columns, suffix):
-    """-> (Dice of each of the columns, or None; mean HD95), by the convention with this suffix."""
+    """-> float64: the Dice of each of the columns in percent and the mean HD95, by the convention with this suffix; NaN
+    for what is not known."""
     table = evaluation["table"]
-    return [table.get(c, {}).get(f"dice{suffix}") for c in columns], table["mean"][f"hd95{suffix}"]
+    dice = np.array([table.get(column, {}).get(f"dice{suffix}") for column in columns], float)
+    return np.append(100 * dice, np.array(table["mean"][f"hd95{suffix}"], float))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,8 +126,8 @@ def loaded_by(module):
 
 
 @pytest.mark.parametrize("module, without", [
-    ("medsegr", ("matplotlib", "nibabel", "h5py", "gradio", "pydicom", "ijson")),
-    ("train", ("matplotlib", "nibabel", "gradio", "pydicom")),  # what every rank of a training loads
+    ("medsegr", ("matplotlib", "nibabel", "h5py", "gradio", "pydicom", "ijson", "pandas")),
+    ("train", ("matplotlib", "nibabel", "gradio", "pydicom", "pandas")),  # what every rank of a training loads
 ])
 def test_importing_loads_nothing_that_it_does_not_need(module, without):
     loaded = loaded_by(module)
