@@ -39,7 +39,7 @@ CHUNK = 100_000  # images that are held as Python's objects while the index is b
 LEFT_OUT = 0  # the suffix that stands for a mask that could not be used: nobody knows what it shows
 # of a file name: what can be printed, so that a message is one line
 LETTER = r"[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
-IMAGE = re.compile(rf"(?P<folder>.*/)?images/(?P<name>(?P<stem>{LETTER}+)\.(?i:png|jpe?g))")
+IMAGE = re.compile(rf"images/(({LETTER}+)\.(?i:png|jpe?g))")
 MASK = re.compile(rf"(?:--(?P<id>\d{{1,9}})|_(?P<words>{LETTER}+))_\d+\.(?i:png|jpe?g)")
 
 
@@ -237,7 +237,12 @@ class Indexer:
         self.groups = {}  # (source, modality) -> number, the numbers of its suffixes
         self.cases, self.sources = {}, defaultdict(list)  # case -> number, source -> cases that are yet to be split
         self.held = 0  # the first so many cases are TEST's, and TRAIN may not have them
-        self.rows, self.batches, self.seen = [], [], set()
+        self.batches, self.seen = [], set()  # (rows, their cases' numbers); hashes of the images' stems
+        self.clear()
+
+    def clear(self):
+        """Columns of plain numbers: a list for each image would keep Python's garbage collector busy."""
+        self.names, self.group, self.case, self.masks, self.mask_at = [], [], [], [], [0]
 
     def problem(self, text):
         self.count += 1
@@ -288,10 +293,10 @@ class Indexer:
 
     def add(self, path, masks):
         """A row, unless the image's name is unusable, its modality not one of ours, or its case held out."""
-        match = IMAGE.fullmatch(path)
-        stem = match["stem"] if match else ""
+        match = IMAGE.fullmatch(self.inner(path, "images"))
+        name, stem = match.groups() if match else ("", "")
         source, case, modality = describe(stem)
-        if not match or not self.leading and (match["folder"] or not source):
+        if not (stem if self.leading else source):
             like = "amos_0006_90.png" if self.leading else "ct_00--AMOS--0006--z_0090.png"
             self.problem(f"{quoted(path)} is not named like images/{like}; it is left out, rename it")
         elif modality is None:
@@ -300,7 +305,7 @@ class Indexer:
             self.problem(f"{quoted(path)} is left out of training, since {TEST} has images of the same case; take it "
                          "out of one of them")
         elif hash(stem) in self.seen:  # two of five million names have the same 64 bits once in a million builds
-            self.problem(f"{quoted(match['name'])} occurs twice; the first one is taken, take out the other")
+            self.problem(f"{quoted(name)} occurs twice; the first one is taken, take out the other")
         else:
             self.seen.add(hash(stem))
             if case not in self.cases:
@@ -309,13 +314,23 @@ class Indexer:
             numbers = self.mask_numbers(masks, stem)
             group, found = self.groups.setdefault((source, modality), (len(self.groups), set()))
             found.update(numbers)
-            self.rows.append(dict(name=match["name"], group=group, masks=numbers, case=self.cases[case]))
-            if len(self.rows) == CHUNK:
+            self.names.append(name)
+            self.group.append(group)
+            self.case.append(self.cases[case])
+            self.masks.extend(numbers)
+            self.mask_at.append(len(self.masks))
+            if len(self.names) == CHUNK:
                 self.pack()
 
+    def inner(self, path, kind):
+        """The path from images/ or masks/ (kind) on: in SAM-Med2D's own form other folders may stand in front."""
+        return path[path.rfind(f"/{kind}/") + 1:] if self.leading else path
+
     def pack(self):
-        self.batches.append(pa.RecordBatch.from_pylist(self.rows, COLUMNS.append(pa.field("case", pa.uint32()))))
-        self.rows.clear()
+        masks = pa.ListArray.from_arrays(pa.array(self.mask_at, pa.int32()), pa.array(self.masks, pa.uint32()))
+        rows = pa.record_batch([self.names, pa.array(self.group, pa.uint32()), masks], schema=COLUMNS)
+        self.batches.append((rows, np.array(self.case, np.uint32)))
+        self.clear()
 
     def mask_numbers(self, masks, stem):
         """The names of an image's masks -> the numbers of their suffixes, each once."""
@@ -328,9 +343,8 @@ class Indexer:
 
     def mask_number(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
-        folder, found, suffix = path.rpartition(f"masks/{stem}") if isinstance(path, str) else ("", "", "")
-        if not found or folder and not (self.leading and folder.endswith("/")):
-            suffix = ""
+        start, inner = f"masks/{stem}", self.inner(path, "masks") if isinstance(path, str) else ""
+        suffix = inner[len(start):] if inner.startswith(start) else ""
         if suffix in self.numbers:
             return self.numbers[suffix]
         match = MASK.fullmatch(suffix)
@@ -357,8 +371,8 @@ class Indexer:
 
     def write(self):
         sides = self.sides()
-        sides = [sides[batch["case"].to_numpy()] for batch in self.batches]  # of each row
-        lengths = sum(np.bincount(side, minlength=len(SPLITS)) for side in sides).tolist()
+        batches = [(rows, sides[case]) for rows, case in self.batches]
+        lengths = sum(np.bincount(side, minlength=len(SPLITS)) for _, side in batches).tolist()
         groups = [[*group, sorted({self.suffixes[number][1] for number in found} - {None})]
                   for group, (_, found) in self.groups.items()]
         tables = dict(stamp=self.stamp, splits={s: [sum(lengths[:n]), lengths[n]] for n, s in enumerate(SPLITS)},
@@ -367,8 +381,8 @@ class Indexer:
         schema = COLUMNS.with_metadata(dict(tables=json.dumps(tables)))
         with whole(self.root / INDEX) as file, pa.ipc.new_file(file, schema) as writer:
             for split in range(len(SPLITS)):
-                for batch, side in zip(self.batches, sides):
-                    writer.write(batch.filter(pa.array(side == split)).select(COLUMNS.names))
-        masks = sum(len(batch["masks"].flatten()) for batch in self.batches)
+                for rows, side in batches:
+                    writer.write(rows.filter(pa.array(side == split)))
+        masks = sum(len(rows["masks"].flatten()) for rows, _ in batches)
         print(f"{self.root}: indexed {sum(lengths)} images with {masks} masks, {self.count} problems"
               + "".join(f"; left out: {n} images of {sub}" for sub, n in self.left_out.items()), file=sys.stderr)
