@@ -91,9 +91,6 @@ class SAMed2D:
     def __len__(self):
         return len(self.names)
 
-    def image_name(self, i):
-        return self.names[i].as_py()
-
     def group(self, i):
         """-> source, modality, list of the classes that occur anywhere in that source's images of that modality."""
         return self.groups[self.group_numbers[i].as_py()]
@@ -103,13 +100,13 @@ class SAMed2D:
         return [self.suffixes[number] for number in self.mask_numbers[i].as_py()]
 
     def key(self, i):
-        return self.image_name(i).rpartition(".")[0]
+        return self.names[i].as_py().rpartition(".")[0]
 
     def case(self, i):
         return describe(self.key(i))[1]
 
     def file(self, i):
-        return self.root / "images" / self.image_name(i)
+        return self.root / "images" / self.names[i].as_py()
 
     def read(self, i, strict=False):
         """-> Picture. Masks that are empty or of another size than the image are passed over; strict: InputError.
@@ -128,13 +125,13 @@ class SAMed2D:
             mask = read_mask(path)
             if source.lower() == INVERTED:
                 mask = ~mask
-            if mask.shape != image.shape[:2]:
-                wrong = f"{list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on one grid"
-            else:
-                wrong = "" if mask.any() else "empty; take the mask out of the data set"
-            if strict and wrong:
-                raise InputError(f"{path}: {wrong}")
-            if not wrong and mask.mean() >= SMALLEST:
+            fits = mask.shape == image.shape[:2]
+            if strict and not fits:
+                raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on "
+                                 "one grid")
+            if strict and not mask.any():
+                raise InputError(f"{path}: empty; take the mask out of the data set")
+            if fits and mask.mean() >= SMALLEST:
                 masks.append(mask)
                 targets.append(target)
         masks = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
@@ -353,8 +350,7 @@ class Indexer:
                          "--0002_000.png or _liver_000.png; it is left out, rename it")
             return LEFT_OUT
         if match["id"] and int(match["id"]) not in self.ids:
-            self.problem(f"{quoted(path)} has the id {match['id']}, which {CLASS_IDS} lacks; it is left out, add the "
-                         "id")
+            self.problem(f"{quoted(path)} is left out, since {CLASS_IDS} lacks the id {match['id']}; add it")
             return LEFT_OUT
         self.numbers[suffix] = len(self.suffixes)
         self.suffixes.append((suffix, self.ids[int(match["id"])] if match["id"] else class_name(match["words"])))
