@@ -1,6 +1,5 @@
 """bench.py index: the index of SA-Med2D-20M against Python's lists."""
 import json
-import pickle
 import tempfile
 import time
 import warnings
@@ -11,8 +10,7 @@ import torch
 
 from benches.timing import in_a_process, memory
 from common import InputError, make_folder
-from readers.sa_med2d import CLASS_IDS, ORIGINAL, SAMed2D
-
+from readers.sa_med2d import CLASS_IDS, INDEX, ORIGINAL, SAMed2D
 
 WORKERS, TOUCHES = 4, 20_000
 
@@ -25,23 +23,16 @@ def bench_index(args):
         make_folder(args.folder)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         root = Path(folder)
-        masks = write_data_set(root, args.images)
-        size = (root / ORIGINAL).stat().st_size / 1e6
-        print(f"{args.images} images, {masks} masks, {size:.1f} MB of JSON", flush=True)
-        build = in_a_process(build_index, root)
-        build["mb_per_s"] = size / build["seconds"]
-        build["mb"] = sum(f.stat().st_size for f in (root / "index").iterdir()) / 1e6
-        print("index: built in {seconds:.1f} s, {mb_per_s:.1f} MB/s, peak {peak_mb:.0f} MB, of which "
-              "{before_mb:.0f} MB before; {mb:.1f} MB on disk".format(**build))
-        record = dict(images=args.images, masks=masks, json_mb=size, build=build, ours=in_a_process(use_index, root))
-        print("index: opened in {open_s:.3f} s; {key_us:.1f} us per key, {masks_us:.1f} us per list of masks; "
-              "{pickle_bytes} bytes to send to a worker".format(**record["ours"]))
-        show_workers("index", record["ours"]["workers"])
+        record = dict(images=args.images, masks=write_data_set(root, args.images),
+                      json_mb=(root / ORIGINAL).stat().st_size / 1e6)
+        print("{images} images, {masks} masks, {json_mb:.1f} MB of JSON".format(**record), flush=True)
+        record["index"] = in_a_process(use, root, open_index, ("fork", "spawn"))
+        record["index_mb"] = (root / INDEX).stat().st_size / 1e6
+        show("index", record["index"])
+        print(f"index: {record['index_mb']:.1f} MB on disk")
         if args.images <= args.naive_up_to:
-            record["naive"] = in_a_process(use_lists, root)
-            print("lists: read in {seconds:.1f} s, peak {peak_mb:.0f} MB, of which {before_mb:.0f} MB before".format(
-                **record["naive"]))
-            show_workers("lists", record["naive"]["workers"])
+            record["lists"] = in_a_process(use, root, open_lists, ("fork",))
+            show("lists", record["lists"])
     return record
 
 
@@ -68,35 +59,38 @@ def write_data_set(root, n):
     return int(counts.sum())
 
 
-def build_index(root):
-    before, started = memory()["rss"], time.perf_counter()
-    SAMed2D(root, "train")
-    return dict(seconds=time.perf_counter() - started, before_mb=before, peak_mb=memory()["peak"])
-
-
-def use_index(root):
-    started = time.perf_counter()
+def open_index(root):
+    """-> number of images; what looks up a name; what looks up the masks."""
     source = SAMed2D(root, "train")
-    spent = dict(open_s=time.perf_counter() - started)
-    rows = np.random.default_rng(1).integers(0, len(source), 10 * TOUCHES).tolist()
-    for name, look_up in dict(key_us=source.key, masks_us=source.masks).items():
+    return len(source), source.key, source.masks
+
+
+def open_lists(root):
+    """The same, as SAM-Med2D's own loader reads it."""
+    with open(root / ORIGINAL) as f:
+        read = json.load(f)
+    images, masks = list(read.keys()), list(read.values())
+    return len(images), images.__getitem__, lambda i: list(masks[i])
+
+
+def use(root, open_, kinds):
+    """Opens twice, the first time to build the index; kinds: how DataLoader workers are started."""
+    before, started = memory()["rss"], time.perf_counter()
+    open_(root)
+    spent = dict(first_s=time.perf_counter() - started, before_mb=before, peak_mb=memory()["peak"])
+    started = time.perf_counter()
+    n, *look_ups = open_(root)
+    spent["again_s"] = time.perf_counter() - started
+    rows = np.random.default_rng(1).integers(0, n, 10 * TOUCHES).tolist()
+    for name, look_up in zip(("name_us", "masks_us"), look_ups):
         started = time.perf_counter()
         for row in rows:
             look_up(row)
         spent[name] = (time.perf_counter() - started) / len(rows) * 1e6
-    touched = Touched(len(source), source.key, source.masks)
-    return dict(**spent, pickle_bytes=len(pickle.dumps(source)),
-                workers={kind: in_workers(touched, kind) for kind in ("fork", "spawn")})
-
-
-def use_lists(root):
-    """As SAM-Med2D's own loader reads it."""
-    before, started = memory()["rss"], time.perf_counter()
-    with open(root / ORIGINAL) as f:
-        read = json.load(f)
-    images, masks = list(read.keys()), list(read.values())
-    return dict(seconds=time.perf_counter() - started, before_mb=before, peak_mb=memory()["peak"], workers=dict(
-        fork=in_workers(Touched(len(images), images.__getitem__, lambda i: list(masks[i])), "fork")))
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than this machine has cores
+    touched = Touched(n, *look_ups)
+    return dict(**spent, workers={kind: list(torch.utils.data.DataLoader(
+        touched, batch_size=None, num_workers=WORKERS, multiprocessing_context=kind)) for kind in kinds})
 
 
 class Touched(torch.utils.data.Dataset):
@@ -117,15 +111,10 @@ class Touched(torch.utils.data.Dataset):
         return {kind: after[kind] - before[kind] for kind in ("rss", "private", "dirty")}
 
 
-def in_workers(touched, kind):
-    """[growth of each of WORKERS DataLoader workers]; kind: fork or spawn."""
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than this machine has cores
-    return list(torch.utils.data.DataLoader(touched, batch_size=None, num_workers=WORKERS,
-                                            multiprocessing_context=kind))
-
-
-def show_workers(name, workers):
-    for kind, rows in workers.items():
+def show(name, spent):
+    print("{}: opened in {first_s:.1f} s, peak {peak_mb:.0f} MB, of which {before_mb:.0f} MB before; again in "
+          "{again_s:.3f} s; {name_us:.1f} us per name, {masks_us:.1f} us per list of masks".format(name, **spent))
+    for kind, rows in spent["workers"].items():
         most = {key: max(row[key] for row in rows) for key in rows[0]}
         print("{}: {} workers by {} that look up {} entries each grow by at most {rss:.1f} MB, {private:.1f} MB of it "
               "shared with no other process, {dirty:.1f} MB not with the file either".format(

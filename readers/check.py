@@ -2,7 +2,7 @@
 import hashlib
 import json
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ class Records(torch.utils.data.Dataset):
                 record["wrong"].append(str(e))
         else:
             return record
-        record |= dict(modality=picture.modality, size=tuple(picture.image.shape[:2]))
+        record |= dict(modality=picture.modality, size="{} x {}".format(*picture.image.shape))
         pixels = np.ascontiguousarray(picture.image)
         if pixels.min() < pixels.max():
             record["digest"] = hashlib.blake2b(pixels, digest_size=8).digest()
@@ -58,7 +58,8 @@ class Tally:
     def add(self, record, targets):
         self.images += 1
         self.cases.add(record["case"])
-        self.sizes[tuple(record.get("size", ()))] += 1
+        if "size" in record:
+            self.sizes[record["size"]] += 1
         for _, area, rate, shared in targets:
             self.areas.append(area)
             self.rates.append(rate)
@@ -69,8 +70,7 @@ class Tally:
         quantiles = [float(q) for q in np.quantile(areas, (0, 0.25, 0.5, 0.75, 1))] if len(areas) else None
         return dict(images=self.images, cases=len(self.cases), targets=len(areas), area_quantiles=quantiles,
                     small=int((areas < SMALL).sum()), box_overlap=float(np.mean(self.rates)) if len(areas) else None,
-                    sharing_pixels=self.sharing,
-                    sizes={"{} x {}".format(*size): n for size, n in self.sizes.most_common() if size})
+                    sharing_pixels=self.sharing, sizes=dict(self.sizes.most_common()))
 
 
 def count(records, name, seen):
@@ -78,7 +78,7 @@ def count(records, name, seen):
 
     seen: {digest: (split, key)} of all images so far, to find those on two sides of the split.
     """
-    everything, classes, modalities = Tally(), {}, {}
+    everything, classes, modalities = Tally(), defaultdict(Tally), defaultdict(Tally)
     wrong, largest, others = [], {}, []
     for i, record in enumerate(records):
         wrong += record["wrong"]
@@ -89,10 +89,10 @@ def count(records, name, seen):
                          "split; take one out")
         everything.add(record, record["targets"])
         if "modality" in record:
-            modalities.setdefault(record["modality"], Tally()).add(record, record["targets"])
+            modalities[record["modality"]].add(record, record["targets"])
         for target in dict.fromkeys(t[0] for t in record["targets"]):
             mine = [t for t in record["targets"] if t[0] == target]
-            classes.setdefault(target, Tally()).add(record, mine)
+            classes[target].add(record, mine)
             largest[target] = max(largest.get(target, (0, 0)), (max(t[1] for t in mine), i))
         if record["targets"]:
             others.append(i)

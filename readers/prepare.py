@@ -273,9 +273,6 @@ def write_kits19(folder, image, label):
     for kind, volume in (("image", image), ("label", label)):
         with whole(folder / f"{kind}.npy") as file:
             np.save(file, volume)
-    areas = {letter: [] for letter in "zyx"}
-    for mask in (label == 1, label == 2):
-        for axis, letter in enumerate("zyx"):
-            across = tuple({0, 1, 2} - {axis})
-            areas[letter].append(mask.sum(across).tolist())
+    areas = {letter: [(label == i).sum(tuple({0, 1, 2} - {axis})).tolist() for i in (1, 2)]
+             for axis, letter in enumerate("zyx")}
     write_atomically(folder / "case.json", json.dumps(dict(shape=shape, spacing=spacing, areas=areas)).encode())

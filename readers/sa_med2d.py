@@ -1,49 +1,46 @@
 """SA-Med2D-20M, and data in SAM-Med2D's own form, through an index that is built once and mapped into memory.
 
 As Python's strings and lists, 4.6 million images and 19.7 million masks take gigabytes, and every worker process copies
-them bit by bit. In the index a mask is a number of four bytes, and all processes share it. The folder ROOT/index:
+them bit by bit. ROOT/index.arrow is an Arrow file, whose pages all processes share. It has a row for each image, those
+of a split together and in the JSON's order:
 
-    names.npy      uint8: the file names of the images, one after the other, in UTF-8
-    name_at.npy    int64 [N + 1]: where each name begins, and where the last one ends
-    suffix.npy     uint32: the masks, image after image; a number says what follows the image's stem in the mask's name
-    mask_at.npy    int64 [N + 1]: where the masks of each image begin in suffix.npy
-    group.npy      uint32 [N]: where each image comes from, a source and a modality
-    train.npy, val.npy, test.npy    uint32: the images of each split, in the JSON's order
-    index.json     the few suffixes and groups with their classes, and what is wrong with the JSON files
+    name     the image's file name
+    group    where it comes from: a number into `groups`, [[source, modality, classes]]
+    masks    the masks' numbers into `suffixes`, [[what follows the image's stem in the mask's name, class]]
+
+The metadata of its schema hold `groups`, `suffixes`, the rows of each split, and what is wrong with the JSON files.
 """
 import functools
 import json
-import os
 import re
-import shutil
 import sys
-import tempfile
-import time
-from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import ijson
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
-from common import InputError, locked, read_json
-from readers.pictures import MODALITIES, SMALLEST, SPLITS, SUFFIXES, Picture, read_image, read_mask, split_cases
+from common import InputError, locked, read_json, whole
+from readers.pictures import MODALITIES, SMALLEST, SPLITS, Picture, read_image, read_mask, split_cases
 
 ORIGINAL, CLASS_IDS = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 TRAIN, TEST = "image2label_train.json", "label2image_test.json"
-ARRAYS = dict(names=np.uint8, name_at=np.int64, suffix=np.uint32, mask_at=np.int64, group=np.uint32,
-              **dict.fromkeys(SPLITS, np.uint32))
+INDEX = "index.arrow"
+COLUMNS = pa.schema(dict(name=pa.string(), group=pa.uint32(), masks=pa.list_(pa.uint32())))
 VERSION = 1  # of the index: another one is built anew
 # what an image's name begins with -> its modality
 PREFIXES = dict(zip(("ct_", "mr_", "pet_", "ultrasound_", "x_ray", "endoscopy_", "dermoscopy_", "fundus_photography"),
                     MODALITIES))
 INVERTED = "ichallenge_adam_task2"  # a known defect: the masks of this source are 0 where they should be 255
 LISTED = 1000  # problems that are named one by one
-CHUNK = 100_000  # images that are looked at together: how little memory building takes
+CHUNK = 100_000  # images that are held as Python's objects while the index is built
 LEFT_OUT = 0  # the suffix that stands for a mask that could not be used: nobody knows what it shows
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029]")  # in no file name here, so that a message is one line
-MASK = re.compile(r"(?:--(?P<id>\d{1,9})|_(?P<words>[^/]+))_\d+\.(?:png|jpe?g)", re.I)
+# of a file name: what can be printed, so that a message is one line
+LETTER = r"[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+IMAGE = re.compile(rf"images/(({LETTER}+)\.(?i:png|jpe?g))")
+MASK = re.compile(rf"(?:--(?P<id>\d{{1,9}})|_(?P<words>{LETTER}+))_\d+\.(?i:png|jpe?g)")
 
 
 class SAMed2D:
@@ -69,14 +66,17 @@ class SAMed2D:
         self.open(load(self.root, self.stamp) or build(self.root, self.stamp))
 
     def open(self, index):
-        tables, self.arrays = index
-        self.rows, self.problems, self.left_out = self.arrays[self.split], tables["problems"], tables["left_out"]
-        self.suffixes = tables["suffixes"]  # [[suffix, class]]
-        self.groups = tables["groups"]  # [[source, modality, [classes]]]
+        if index is None:
+            raise InputError(f"{self.root / INDEX}: was changed, deleted or damaged while in use; start again")
+        tables, rows = index
+        rows = rows.slice(*tables["splits"][self.split])
+        self.names, self.group_numbers, self.mask_numbers = rows.columns
+        self.groups, self.suffixes = tables["groups"], tables["suffixes"]
+        self.problems, self.left_out = tables["problems"], tables["left_out"]
         self.looked_for = tables["looked_for"]  # True: a class of the group that has no mask is absent
         self.pairs = sorted({(c, modality) for _, modality, classes in self.groups for c in classes})
         self.classes = tuple(sorted({c for c, _ in self.pairs}))
-        if not len(self.rows):
+        if not len(rows):
             raise InputError(f"{self.root}: its JSON files leave no image for {self.split}; "
                              + (f"the first problem of them: {self.problems[0]}" if self.problems else "add cases"))
 
@@ -86,35 +86,27 @@ class SAMed2D:
     def __setstate__(self, state):
         """In another process: the same index or none, since rows are counted in it."""
         self.__dict__.update(state)
-        index = load(self.root, self.stamp)
-        if index is None:
-            raise InputError(f"{self.root / 'index'}: was changed or deleted while in use; start again")
-        self.open(index)
+        self.open(load(self.root, self.stamp))
 
     def __len__(self):
-        return len(self.rows)
-
-    def image_name(self, i):
-        at, row = self.arrays["name_at"], self.rows[i]
-        return self.arrays["names"][at[row]:at[row + 1]].tobytes().decode()
+        return len(self.names)
 
     def group(self, i):
         """-> source, modality, list of the classes that occur anywhere in that source's images of that modality."""
-        return self.groups[self.arrays["group"][self.rows[i]]]
+        return self.groups[self.group_numbers[i].as_py()]
 
     def masks(self, i):
         """[suffix, class] of each mask; (image's stem + suffix) is its file's name. LEFT_OUT's are among them."""
-        at, row = self.arrays["mask_at"], self.rows[i]
-        return [self.suffixes[s] for s in self.arrays["suffix"][at[row]:at[row + 1]].tolist()]
+        return [self.suffixes[number] for number in self.mask_numbers[i].as_py()]
 
     def key(self, i):
-        return self.image_name(i).rpartition(".")[0]
+        return self.names[i].as_py().rpartition(".")[0]
 
     def case(self, i):
         return describe(self.key(i))[1]
 
     def file(self, i):
-        return self.root / "images" / self.image_name(i)
+        return self.root / "images" / self.names[i].as_py()
 
     def read(self, i, strict=False):
         """-> Picture. Masks that are empty or of another size than the image are passed over; strict: InputError.
@@ -133,13 +125,13 @@ class SAMed2D:
             mask = read_mask(path)
             if source.lower() == INVERTED:
                 mask = ~mask
-            if mask.shape != image.shape[:2]:
-                wrong = f"{list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on one grid"
-            else:
-                wrong = "" if mask.any() else "empty; take the mask out of the data set"
-            if strict and wrong:
-                raise InputError(f"{path}: {wrong}")
-            if not wrong and mask.mean() >= SMALLEST:
+            fits = mask.shape == image.shape[:2]
+            if strict and not fits:
+                raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on "
+                                 "one grid")
+            if strict and not mask.any():
+                raise InputError(f"{path}: empty; take the mask out of the data set")
+            if fits and mask.mean() >= SMALLEST:
                 masks.append(mask)
                 targets.append(target)
         masks = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
@@ -163,13 +155,6 @@ def describe(stem):
     return parts[1], "--".join(parts[1:-1]), modality_of(parts[0])
 
 
-@functools.lru_cache(4096)
-def allowed(folder, kind, leading):
-    """Is this the folder images or masks (kind)? With `leading` others may stand in front of it."""
-    parts = folder.split("/")
-    return parts[-1] == kind and (len(parts) == 1 or leading and parts[0] != "" and ".." not in parts)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Opening
 
@@ -191,17 +176,12 @@ def stamp(root):
 
 
 def load(root, stamp):
-    """-> index.json's tables and the arrays, mapped into memory; None if the index is missing, stale or damaged."""
+    """-> the tables and the rows of the index, mapped into memory; None if it is missing, stale or damaged."""
     try:
-        tables = json.loads((root / "index" / "index.json").read_bytes())
-        if tables["stamp"] != stamp:
-            return None
-        arrays = {name: np.asarray(np.load(root / "index" / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-                  for name in ARRAYS}
-        whole = all(arrays[name].dtype == dtype for name, dtype in ARRAYS.items()) \
-            and {name: len(a) for name, a in arrays.items()} == tables["lengths"]
-        return (tables, arrays) if whole else None
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        rows = pa.ipc.open_file(pa.memory_map(str(root / INDEX))).read_all()
+        tables = json.loads(rows.schema.metadata[b"tables"])
+        return (tables, rows) if tables["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
 
 
@@ -209,33 +189,12 @@ def build(root, stamp):
     """load()'s answer, from an index that this process builds, or another one meanwhile."""
     try:
         with locked(root / "index.lock"):
-            index = load(root, stamp)
-            if index is None:
-                tables, arrays = Indexer(root, stamp).build()
-                save(root, tables, arrays)
-                index = load(root, stamp)
+            if load(root, stamp) is None:
+                Indexer(root, stamp).build()
+            return load(root, stamp)
     except OSError as e:
-        raise InputError(f"{root / 'index'}: cannot be written ({e.strerror}); make room, let this user write to "
+        raise InputError(f"{root / INDEX}: cannot be written ({e.strerror}); make room, let this user write to "
                          f"{root} for once, or put links to its files into a folder of your own") from None
-    if index is None:
-        raise InputError(f"{root / 'index'}: is damaged as soon as written; put the data on another disk")
-    return index
-
-
-def save(root, tables, arrays):
-    """Writes the index whole or not at all."""
-    for left in root.glob("index.part*"):  # by a kill; without locks it may be in use
-        if time.time() - left.stat().st_mtime > 600:
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="index.part", dir=root) as part:
-        folder = Path(part) / "index"
-        folder.mkdir()
-        for name, a in arrays.items():
-            np.save(folder / f"{name}.npy", a, allow_pickle=False)
-        (folder / "index.json").write_text(json.dumps(tables, ensure_ascii=False), encoding="utf-8")
-        folder.chmod(root.stat().st_mode & 0o777)  # as open to others as the data
-        shutil.rmtree(root / "index", ignore_errors=True)
-        os.replace(folder, root / "index")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,31 +203,16 @@ def save(root, tables, arrays):
 def entries(path):
     """(key, value) of a JSON object, one after the other: the file may be larger than the memory."""
     try:
-        with open(path, "rb") as f, tqdm(desc=f"indexing {path.name}", total=path.stat().st_size, unit="B",
-                                         unit_scale=True, mininterval=1) as bar:
-            start = f.read(1024)
-            f.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
-            if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":
+        with open(path, "rb") as file:
+            start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")  # less the mark that Windows sets before UTF-8
+            if not start.startswith(b"{"):
                 raise InputError(f"{path}: not a JSON object {{...}}; copy the file again")
-            for entry in ijson.kvitems(f, "", buf_size=2 ** 20):
-                yield entry
-                if f.tell() != bar.n:
-                    bar.update(f.tell() - bar.n)
+            file.seek(file.tell() - len(start))
+            with tqdm.wrapattr(file, "read", path.stat().st_size, desc=f"indexing {path.name}", mininterval=1) as f:
+                yield from ijson.kvitems(f, "", buf_size=2 ** 20)
     except (ijson.JSONError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: truncated or not JSON ({' '.join(str(e).split())[:80]}); copy the file "
                          "again") from None
-
-
-def read_class_ids(path, problem):
-    """{class: id} -> {id as int: class}; problem(kind, path, text) is called for what cannot be used of it."""
-    ids = {}
-    for name, number in read_json(path, "copy the file again").items():
-        if not re.fullmatch(r"[0-9]{1,9}", str(number)) or not class_name(name):
-            problem("class id", path, f"{quoted(name)} has the id {quoted(number)}; give a name an id like \"0001\"")
-        elif ids.setdefault(int(number), class_name(name)) != class_name(name):
-            problem("class id", path, f"{quoted(ids[int(number)])} and {quoted(name)} have the same id, {number}; the "
-                    "first one is taken, correct the other")
-    return ids
 
 
 def class_name(text):
@@ -281,58 +225,64 @@ def quoted(value):
 
 
 class Indexer:
-    """Reads the JSON files of a data set into packed columns, a row per image."""
+    """Reads the JSON files of a data set into batches of rows, and writes them split by split."""
 
     def __init__(self, root, stamp):
-        self.root, self.stamp = root, stamp
-        self.problems, self.counts, self.left_out = [], Counter(), Counter()
-        self.ids = read_class_ids(root / CLASS_IDS, self.problem) if (root / CLASS_IDS).is_file() else {}
-        self.numbers, self.suffixes = {"/": LEFT_OUT}, [("/", None)]  # suffix -> number, number -> suffix and class
-        self.groups, self.cases, self.sources = {}, {}, {}  # (source, modality) and case -> number, source -> cases
-        self.names, self.name_at, self.hashes = bytearray(), array("q", [0]), array("q")
-        self.suffix, self.mask_at, self.group, self.case = array("I"), array("q", [0]), array("I"), array("I")
+        self.root, self.stamp, self.files = root, stamp, [name for name, *_ in stamp[1:]]
+        self.problems, self.count, self.left_out = [], 0, Counter()
+        self.numbers, self.suffixes = {}, [(None, None)]  # suffix -> number -> suffix and class; LEFT_OUT has neither
+        self.groups = {}  # (source, modality) -> number, the numbers of its suffixes
+        self.cases, self.sources = {}, defaultdict(list)  # case -> number, source -> cases that are yet to be split
+        self.held = 0  # the first so many cases are TEST's, and TRAIN may not have them
+        self.batches, self.seen = [], set()  # (rows, their cases' numbers); hashes of the images' stems
+        self.clear()
 
-    def problem(self, kind, path, text):
-        self.counts[kind] += 1
-        if len(self.problems) < LISTED:
-            self.problems.append(f"{path}: {text}")
+    def clear(self):
+        """Columns of plain numbers: a list for each image would keep Python's garbage collector busy."""
+        self.names, self.group, self.case, self.masks, self.mask_at = [], [], [], [], [0]
+
+    def problem(self, text):
+        self.count += 1
+        if self.count <= LISTED:
+            self.problems.append(f"{self.path}: {text}")
 
     def build(self):
-        """-> the tables of index.json, {name: array}."""
-        names = [name for name, *_ in self.stamp[1:]]
-        self.held = 0  # the cases of TEST, which is read first, are the first ones; TRAIN may not have them
-        if ORIGINAL in names:
-            self.read(self.root / ORIGINAL, leading=False)
-        if TEST in names:
-            self.read(self.root / TEST, leading=True)
-            self.held = len(self.cases)
-        if TRAIN in names:
-            self.read(self.root / TRAIN, leading=True)
+        self.path = self.root / CLASS_IDS
+        self.ids = self.read_class_ids() if CLASS_IDS in self.files else {}
+        for name in (name for name in self.files if name != CLASS_IDS):  # TEST before TRAIN
+            self.path, self.leading = self.root / name, name != ORIGINAL
+            self.read()
+            if name == TEST:
+                self.held = len(self.cases)
+                self.sources.clear()
+        self.pack()
         if stamp(self.root) != self.stamp:
-            raise InputError(f"{self.root / names[0]}: changed while it was read; start again")
-        arrays = self.finish()
-        groups = self.group_classes(arrays)
-        if sum(self.counts.values()) > len(self.problems):
-            self.problems.append(f"{self.root / names[0]}: more problems than the {len(self.problems)} above, in all: "
-                                 + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common()))
-        tables = dict(stamp=self.stamp, lengths={name: len(a) for name, a in arrays.items()}, groups=groups,
-                      suffixes=self.suffixes, looked_for=ORIGINAL in names,
-                      problems=self.problems, counts=self.counts, left_out=self.left_out)
-        print(f"{self.root}: indexed {len(arrays['group'])} images with {len(arrays['suffix'])} masks, "
-              f"{sum(self.counts.values())} problems"
-              + "".join(f"; left out: {n} images of {sub}" for sub, n in self.left_out.items()), file=sys.stderr)
-        return tables, arrays
+            raise InputError(f"{self.path}: changed while it was read; start again")
+        if self.count > LISTED:
+            self.problems.append(f"{self.path}: {self.count - LISTED} more problems")
+        self.write()
 
-    def read(self, path, leading):
-        """One JSON file; `leading`: folders may stand in front of images/ and masks/."""
-        self.path, self.leading = path, leading
-        kind, form = (str, "{mask: image}") if path.name == TEST else (list, "{image: [masks]}")
-        images = {}  # TEST's masks by their image, {image: [masks]}: for that the whole file has to be read
-        for key, value in entries(path):
+    def read_class_ids(self):
+        """CLASS_IDS' {class: id} -> {id as int: class}."""
+        ids = {}
+        for name, number in read_json(self.path, "copy the file again").items():
+            if not re.fullmatch(r"[0-9]{1,9}", str(number)) or not class_name(name):
+                self.problem(f"{quoted(name)} has the id {quoted(number)}; give a name an id like \"0001\"")
+            elif ids.setdefault(int(number), class_name(name)) != class_name(name):
+                self.problem(f"{quoted(ids[int(number)])} and {quoted(name)} have the same id, {number}; the first one "
+                             "is taken, correct the other")
+        return ids
+
+    def read(self):
+        """The JSON file at self.path."""
+        test = self.path.name == TEST
+        kind, form = (str, "{mask: image}") if test else (list, "{image: [masks]}")
+        images = defaultdict(list)  # TEST's, {image: [masks]}: for that the whole file has to be read
+        for key, value in entries(self.path):
             if not isinstance(value, kind):
-                self.problem("entry", path, f"{quoted(key)}: {quoted(value)} is not of the form {form}; correct it")
-            elif path.name == TEST:
-                images.setdefault(value, []).append(key)
+                self.problem(f"{quoted(key)}: {quoted(value)} is not of the form {form}; correct it")
+            elif test:
+                images[value].append(key)
             else:
                 self.add(key, value)
         for image, masks in images.items():
@@ -340,110 +290,95 @@ class Indexer:
 
     def add(self, path, masks):
         """A row, unless the image's name is unusable, its modality not one of ours, or its case held out."""
-        folder, _, name = path.rpartition("/")
-        stem, _, extension = name.rpartition(".")
-        if not allowed(folder, "images", self.leading):
-            return self.problem("path", self.path, f"{quoted(path)} lies outside images/; it is left out, correct it")
+        match = IMAGE.fullmatch(self.inner(path, "images"))
+        name, stem = match.groups() if match else ("", "")
         source, case, modality = describe(stem)
-        if not stem or f".{extension.lower()}" not in SUFFIXES or UNPRINTABLE.search(name) \
-                or not self.leading and not source:
-            return self.problem("image name", self.path, f"{quoted(path)} is not named like " + (
-                "images/amos_0006_90.png" if self.leading else "images/ct_00--AMOS--0006--z_0090.png")
-                + "; it is left out, rename it")
-        if modality is None:
+        if not (stem if self.leading else source):
+            like = "amos_0006_90.png" if self.leading else "ct_00--AMOS--0006--z_0090.png"
+            self.problem(f"{quoted(path)} is not named like images/{like}; it is left out, rename it")
+        elif modality is None:
             self.left_out[stem.split("--")[0]] += 1
-            return
-        if self.cases.get(case, self.held) < self.held:
-            return self.problem("case on both sides", self.path, f"{quoted(path)} is left out of training, since "
-                                f"{TEST} has images of the same case; take it out of one of them")
-        if case not in self.cases:
-            self.cases[case] = len(self.cases)
-            self.sources.setdefault(source, []).append(case)
-        self.names += name.encode()
-        self.name_at.append(len(self.names))
-        self.hashes.append(hash(stem))
-        self.group.append(self.groups.setdefault((source, modality), len(self.groups)))
-        self.case.append(self.cases[case])
-        numbers = [self.mask(mask, stem) for mask in masks]
-        once = dict.fromkeys(numbers)
+        elif self.cases.get(case, self.held) < self.held:
+            self.problem(f"{quoted(path)} is left out of training, since {TEST} has images of the same case; take it "
+                         "out of one of them")
+        elif hash(stem) in self.seen:  # two of five million names have the same 64 bits once in a million builds
+            self.problem(f"{quoted(name)} occurs twice; the first one is taken, take out the other")
+        else:
+            self.seen.add(hash(stem))
+            if case not in self.cases:
+                self.cases[case] = len(self.cases)
+                self.sources[source].append(case)
+            numbers = self.mask_numbers(masks, stem)
+            group, found = self.groups.setdefault((source, modality), (len(self.groups), set()))
+            found.update(numbers)
+            self.names.append(name)
+            self.group.append(group)
+            self.case.append(self.cases[case])
+            self.masks.extend(numbers)
+            self.mask_at.append(len(self.masks))
+            if len(self.names) == CHUNK:
+                self.pack()
+
+    def inner(self, path, kind):
+        """The path from images/ or masks/ (kind) on: in SAM-Med2D's own form other folders may stand in front."""
+        return path[path.rfind(f"/{kind}/") + 1:] if self.leading else path
+
+    def pack(self):
+        masks = pa.ListArray.from_arrays(pa.array(self.mask_at, pa.int32()), pa.array(self.masks, pa.uint32()))
+        rows = pa.record_batch([self.names, pa.array(self.group, pa.uint32()), masks], schema=COLUMNS)
+        self.batches.append((rows, np.array(self.case, np.uint32)))
+        self.clear()
+
+    def mask_numbers(self, masks, stem):
+        """The names of an image's masks -> the numbers of their suffixes, each once."""
+        numbers = [self.mask_number(mask, stem) for mask in masks]
+        once = list(dict.fromkeys(numbers))
         if len(once) < len(numbers):
             for number in (n for n, count in Counter(numbers).items() if count > 1 and n != LEFT_OUT):
-                self.problem("mask twice", self.path, f"{quoted(name)} has its mask {quoted(self.suffixes[number][0])} "
-                             "twice; take one out")
-        self.suffix.extend(once)
-        self.mask_at.append(len(self.suffix))
+                self.problem(f"{quoted(stem)} has its mask {quoted(self.suffixes[number][0])} twice; take one out")
+        return once
 
-    def mask(self, path, stem):
+    def mask_number(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
-        if not isinstance(path, str):
-            self.problem("entry", self.path, f"{quoted(path)} among the masks of {quoted(stem)}; name their files")
-            return LEFT_OUT
-        folder, _, name = path.rpartition("/")
-        if not allowed(folder, "masks", self.leading):
-            self.problem("path", self.path, f"{quoted(path)} lies outside masks/; it is left out, correct it")
-        elif not name.startswith(stem):
-            self.problem("mask name", self.path, f"{quoted(path)} does not begin with its image's name, "
-                         f"{quoted(stem)}; it is left out, rename it")
-        else:
-            number = self.numbers.get(name[len(stem):])
-            return self.new_suffix(path, name[len(stem):]) if number is None else number
-        return LEFT_OUT
-
-    def new_suffix(self, path, suffix):
+        start, inner = f"masks/{stem}", self.inner(path, "masks") if isinstance(path, str) else ""
+        suffix = inner[len(start):] if inner.startswith(start) else ""
+        if suffix in self.numbers:
+            return self.numbers[suffix]
         match = MASK.fullmatch(suffix)
-        if not match or UNPRINTABLE.search(suffix) or not match["id"] and not class_name(match["words"]):
-            self.problem("mask name", self.path, f"{quoted(path)} does not go on after its image's name like "
+        if not match or not match["id"] and not class_name(match["words"]):
+            self.problem(f"{quoted(path)}, a mask of {quoted(stem)}, is not named like masks/, the image's name, and "
                          "--0002_000.png or _liver_000.png; it is left out, rename it")
             return LEFT_OUT
         if match["id"] and int(match["id"]) not in self.ids:
-            self.problem("class id", self.path, f"{quoted(path)} has the id {match['id']}, which {CLASS_IDS} lacks; it "
-                         "is left out, add the id")
+            self.problem(f"{quoted(path)} is left out, since {CLASS_IDS} lacks the id {match['id']}; add it")
             return LEFT_OUT
+        self.numbers[suffix] = len(self.suffixes)
         self.suffixes.append((suffix, self.ids[int(match["id"])] if match["id"] else class_name(match["words"])))
-        return self.numbers.setdefault(suffix, len(self.numbers))
+        return self.numbers[suffix]
 
-    def finish(self):
-        """The columns without images that occur twice -> {name: array}. No copy is made where none does."""
-        view = lambda column: np.frombuffer(column, column.typecode)
-        lengths, suffix, group, case = np.diff(view(self.name_at)), view(self.suffix), view(self.group), view(self.case)
-        counts = np.diff(view(self.mask_at))
-        # two of five million names have the same 64 bits by chance once in a million builds
-        keep = np.zeros(len(group), bool)
-        keep[np.unique(view(self.hashes), return_index=True)[1]] = True  # where each occurs first
-        if not keep.all():
-            for row in np.flatnonzero(~keep):
-                self.problem("image twice", self.path, f"{quoted(self.name(row))} occurs twice; the first one is "
-                             "taken, take out the other")
-            suffix, counts, at = suffix[np.repeat(keep, counts)], counts[keep], self.name_at
-            lengths, group, case = lengths[keep], group[keep], case[keep]
-            # in parts: millions of slices at once would take more memory than the names
-            self.names = bytearray().join(
-                b"".join([self.names[at[row]:at[row + 1]] for row in rows.tolist()])
-                for rows in np.array_split(np.flatnonzero(keep), 1 + len(keep) // CHUNK))
-        zero, sides = np.zeros(1, np.int64), self.sides(case)
-        return dict(names=np.frombuffer(self.names, np.uint8), name_at=np.concatenate([zero, np.cumsum(lengths)]),
-                    suffix=suffix, mask_at=np.concatenate([zero, np.cumsum(counts)]), group=group,
-                    **{split: np.flatnonzero(sides == n).astype(np.uint32) for n, split in enumerate(SPLITS)})
-
-    def name(self, row):
-        return self.names[self.name_at[row]:self.name_at[row + 1]].decode()
-
-    def sides(self, case):
-        """case: the number of each row's -> uint8 per row, its place in SPLITS."""
-        side = np.zeros(len(self.cases), np.uint8)
+    def sides(self):
+        """-> uint8 for each case, its place in SPLITS."""
+        sides = np.zeros(len(self.cases), np.uint8)
+        sides[:self.held] = SPLITS.index("test")
         for cases in self.sources.values():
-            mine = [c for c in cases if self.cases[c] >= self.held]
-            for split in ("val",) if self.path.name == TRAIN else ("val", "test"):
-                side[[self.cases[c] for c in split_cases(mine, split)]] = SPLITS.index(split)
-        side[:self.held] = SPLITS.index("test")
-        return side[case]
+            for split in ("val",) if TRAIN in self.files else ("val", "test"):
+                sides[[self.cases[case] for case in split_cases(cases, split)]] = SPLITS.index(split)
+        return sides
 
-    def group_classes(self, arrays):
-        """-> [[source, modality, sorted classes that its images have a mask of]] of each group."""
-        found = [set() for _ in self.groups]
-        for at in range(0, len(arrays["group"]), CHUNK):
-            mask_at = arrays["mask_at"][at:at + CHUNK + 1]
-            group = np.repeat(arrays["group"][at:at + CHUNK], np.diff(mask_at)).astype(np.uint64)
-            for pair in np.unique(group << np.uint64(32) | arrays["suffix"][mask_at[0]:mask_at[-1]]).tolist():
-                found[pair >> 32].add(self.suffixes[pair & 0xffffffff][1])
-        return [[*group, sorted(classes - {None})] for group, classes in zip(self.groups, found)]
+    def write(self):
+        sides = self.sides()
+        batches = [(rows, sides[case]) for rows, case in self.batches]
+        lengths = sum(np.bincount(side, minlength=len(SPLITS)) for _, side in batches).tolist()
+        groups = [[*group, sorted({self.suffixes[number][1] for number in found} - {None})]
+                  for group, (_, found) in self.groups.items()]
+        tables = dict(stamp=self.stamp, splits={s: [sum(lengths[:n]), lengths[n]] for n, s in enumerate(SPLITS)},
+                      groups=groups, suffixes=self.suffixes, looked_for=ORIGINAL in self.files,
+                      problems=self.problems, left_out=self.left_out)
+        schema = COLUMNS.with_metadata(dict(tables=json.dumps(tables)))
+        with whole(self.root / INDEX) as file, pa.ipc.new_file(file, schema) as writer:
+            for split in range(len(SPLITS)):
+                for rows, side in batches:
+                    writer.write(rows.filter(pa.array(side == split)))
+        masks = sum(len(rows["masks"].flatten()) for rows, _ in batches)
+        print(f"{self.root}: indexed {sum(lengths)} images with {masks} masks, {self.count} problems"
+              + "".join(f"; left out: {n} images of {sub}" for sub, n in self.left_out.items()), file=sys.stderr)

@@ -145,8 +145,8 @@ def read_dicom(folder, window, modality):
     slices.sort(key=lambda s: place(s[1]))
     gaps = np.diff([place(head) for _, head in slices])
     if len(gaps) and (gaps.min() <= 1e-3 or gaps.max() > 1.5 * np.median(gaps)):
-        raise InputError(f"{folder}: the series has slices at the same place, or misses some (gaps of {gaps.min():.3g} to "
-                         f"{gaps.max():.3g} mm); give all slices of one series, once")
+        raise InputError(f"{folder}: the series has slices at the same place, or misses some (gaps of {gaps.min():.3g} "
+                         f"to {gaps.max():.3g} mm); give all slices of one series, once")
     values = []
     for path, _ in slices:
         try:

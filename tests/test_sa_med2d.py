@@ -85,15 +85,18 @@ def test_no_per_image_objects_and_the_same_in_other_processes(tmp_path):
 def test_the_index_is_built_once_and_again_when_the_json_changes(tmp_path):
     entries = write(tmp_path)
     count = sum(len(SAMed2D(tmp_path, split)) for split in ("train", "val", "test"))
-    built = (tmp_path / "index" / "index.json").stat().st_mtime_ns
+    index = tmp_path / "index.arrow"
+    built = index.stat().st_mtime_ns
     SAMed2D(tmp_path, "test")
-    assert (tmp_path / "index" / "index.json").stat().st_mtime_ns == built and count == len(entries)
+    assert index.stat().st_mtime_ns == built and count == len(entries)
     first = next(iter(entries))
     save(tmp_path, {k: v for k, v in entries.items() if k != first})
     assert sum(len(SAMed2D(tmp_path, split)) for split in ("train", "val", "test")) == count - 1
-    for file in (tmp_path / "index").iterdir():  # damaged: built anew
-        file.write_bytes(file.read_bytes()[:40])
+    whole = index.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-40], whole[40:], whole[:-200] + whole[-100:]):  # built anew
+        index.write_bytes(damaged)
         assert sum(len(SAMed2D(tmp_path, split)) for split in ("train", "val", "test")) == count - 1
+    assert not list(tmp_path.glob("*.part"))
 
 
 def find(root, key):
@@ -140,11 +143,14 @@ def test_broken_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("image,mask,words", [
-    ("/etc/ct_00--A--c--z_1.png", None, "outside images/"), ("images/../ct_00--A--c--z_1.png", None, "outside"),
-    ("../images/ct_00--A--c--z_1.png", None, "outside"), ("images/liver.png", None, "not named like"),
-    (None, "masks/../x.png", "outside masks/"), (None, "/etc/passwd", "outside masks/"), (None, 3, "among the masks"),
-    (None, "masks/other--0001_000.png", "does not begin"),
-    (None, "masks/{}", "does not go on"), (None, "masks/{}--0099_000.png", "99")])
+    ("/etc/ct_00--A--c--z_1.png", None, "not named like images/"),
+    ("images/../ct_00--A--c--z_1.png", None, "not named like images/"),
+    ("../images/ct_00--A--c--z_1.png", None, "not named like images/"),
+    ("images/liver.png", None, "not named like images/"), ("images/ct_00--A--c--z_1\n.png", None, "not named like"),
+    (None, "masks/../x.png", "not named like masks/"), (None, "/etc/passwd", "not named like masks/"),
+    (None, 3, "not named like masks/"), (None, "masks/other--0001_000.png", "not named like masks/"),
+    (None, "../masks/{}--0001_000.png", "not named like masks/"), (None, "masks/{}", "not named like masks/"),
+    (None, "masks/{}/--0001_000.png", "not named like masks/"), (None, "masks/{}--0099_000.png", "99")])
 def test_bad_entries_are_problems_and_never_opened(tmp_path, image, mask, words):
     entries = write(tmp_path)
     if image:
