@@ -24,7 +24,7 @@ from readers.synapse import Synapse
 from texts import Texts
 
 SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir)}
-KNOBS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",)}
+OPTIONS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",)}
 PROMPTS = ("none", "point", "box")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Sample:
 
 
 def make_sample(picture, size, case, key):
-    """pictures.Picture -> Sample on the size x size grid.
+    """pictures.RawSample -> Sample on the size x size grid.
 
     An image that is not square is stretched to the square, as SAM-Med2D does: boxes and points live on the square grid,
     and `to_original` takes a prediction back. The image is resized with antialiasing; masks by nearest neighbour, which
@@ -132,8 +132,8 @@ class Dataset:
         return replace(sample, truth=np.zeros((len(sample.targets), 0, 0), bool))
 
 
-def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, limit=None, seed=0, **knobs):
-    """-> Dataset. `root`: the data's folder (default data/<name>). `knobs`: KNOBS; those that are None are left out.
+def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, limit=None, seed=0, **options):
+    """-> Dataset. `root`: the data's folder (default data/<name>). `options`: OPTIONS; those that are None are left out.
 
     `fraction` in (0, 1] keeps an evenly spread subset whose phase is drawn from `seed`; `limit` then the first N.
     """
@@ -147,18 +147,18 @@ def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, l
         raise InputError(f"--limit {limit}: give at least 1")
     if image_size < 8:
         raise InputError(f"--image-size {image_size}: give at least 8 pixels")
-    knobs = {knob: value for knob, value in knobs.items() if value is not None}
-    unknown = set(knobs) - set(KNOBS.get(name, ()))
+    options = {option: value for option, value in options.items() if value is not None}
+    unknown = set(options) - set(OPTIONS.get(name, ()))
     if unknown:
         raise InputError(f"--dataset {name} has no setting {', '.join(sorted(unknown))}; leave it out")
     if name == "demo":
-        source = Demo(split, seed, **knobs)
+        source = Demo(split, seed, **options)
     else:
         root = Path(root or Path("data") / name)
         if not root.is_dir():
             raise InputError(f"{root}: no such folder; name the one that holds {name} with --data DIR (README: how to "
                              "get the data)")
-        source = SOURCES[name](root, split, **knobs)
+        source = SOURCES[name](root, split, **options)
     return Dataset(source, image_size, fraction, limit, seed)
 
 
@@ -529,9 +529,9 @@ def add_data_flags(parser):
     add("--texts", help="a JSON lines file of texts for single images or cases")
 
 
-def knobs(args):
+def dataset_options(args):
     """The data set's own settings among the flags, as open_dataset takes them."""
-    return {knob: getattr(args, knob) for knob in ("axes", "overlap", "contrast", "size")}
+    return {option: getattr(args, option) for option in ("axes", "overlap", "contrast", "size")}
 
 
 def main():
@@ -554,7 +554,7 @@ def main():
         if args.dataset is None:
             raise InputError("--dataset: name the data set")
         raise SystemExit(stats(args, lambda split: open_dataset(args.dataset, args.data, split, limit=args.limit,
-                                                                **knobs(args)),
+                                                                **dataset_options(args)),
                                lambda: Texts(args.dataset, args.attributes_file, args.texts)))
     prepare(args.dataset, args.raw, args.out or Path("data") / args.dataset)
 

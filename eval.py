@@ -17,7 +17,7 @@ from tqdm import tqdm
 import plots
 from common import (InputError, Parser, add_model_flags, add_runtime_flags, make_folder, model_options, number, run,
                     start_processes, write_atomically)
-from data import PROMPTS, SPLITS, add_data_flags, knobs, open_dataset
+from data import PROMPTS, SPLITS, add_data_flags, dataset_options, open_dataset
 from encoders import FeatureCache, fingerprint
 from inference import Predictor, answers, by_class, label_maps, largest_components, original_image, predict
 from medsegr import Config, MedSegR
@@ -197,7 +197,7 @@ def main():
     model, record = build_model(args, args.checkpoint or newest_checkpoint())
     args.dataset = args.dataset or record.get("dataset") or "demo"
     size = model.config.image_size
-    dataset = open_dataset(args.dataset, args.data, args.split, size, limit=args.limit, **knobs(args))
+    dataset = open_dataset(args.dataset, args.data, args.split, size, limit=args.limit, **dataset_options(args))
     texts = Texts(args.dataset, args.attributes_file, args.texts)
     texts.check(dataset.source.pairs)
     if args.largest_component and not dataset.volumes:

@@ -19,7 +19,7 @@ from common import ATTRIBUTES
 from data import box_prompt, make_sample, merge_instances, point_prompt, prompt_rng, to_original
 from encoders import FeatureCache
 from medsegr import Priors, modulate
-from readers.pictures import Picture
+from readers.pictures import RawSample
 
 
 class Answer(NamedTuple):
@@ -212,7 +212,7 @@ def predict_image(model, image, texts, boxes=None, points=None, precision="float
     with autocast(model.device, precision):
         if features is None:
             nothing = np.zeros((0, *size), bool)
-            square = make_sample(Picture(image, nothing, (), (), ""), S, "", "").image
+            square = make_sample(RawSample(image, nothing, (), (), ""), S, "", "").image
             features = model.encode_image(torch.from_numpy(square).permute(2, 0, 1)[None])
         answer = decode_targets(model, features, texts, points, boxes, empty)
     return answer._replace(logits=to_original(answer.logits, size))

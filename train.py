@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import (ATTRIBUTES, InputError, Parser, Signals, Stopped, add_model_flags, add_runtime_flags,
                     leave_group, make_folder, model_options, number, positive_int, run, start_processes, total)
-from data import PROMPTS, Batches, add_data_flags, knobs, move, open_dataset
+from data import PROMPTS, Batches, add_data_flags, dataset_options, move, open_dataset
 from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
 from losses import PARTS, Objective
@@ -71,8 +71,8 @@ def set_up(args, rank, world, device, signals):
         "feature_grid", "attributes", "priors", "cognitive", "perceptual", "caa", "sentence", "branches",
         "position_grid", "offset_grid", "adapter", "align", "tune_encoder", "lora_rank")})
     train_set = open_dataset(args.dataset, args.data, "train", config.image_size, args.fraction, args.limit, args.seed,
-                             **knobs(args))
-    r.val_set = open_dataset(args.dataset, args.data, "val", config.image_size, **knobs(args))
+                             **dataset_options(args))
+    r.val_set = open_dataset(args.dataset, args.data, "val", config.image_size, **dataset_options(args))
     r.val_rows = np.unique(np.linspace(0, len(r.val_set) - 1, args.val_slices).round().astype(int)).tolist()
     r.val_prompt = "none" if args.prompt == "mixed" else args.prompt
     r.texts = Texts(args.dataset, args.attributes_file, args.texts)

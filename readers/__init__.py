@@ -1,7 +1,7 @@
 """The data sets, as their owners publish them: a file each, whose class lists the images and reads one at a time.
 
     synapse, kits19, kvasir, sa_med2d, demo     the data sets
-    pictures                                    what they share: the Picture, splits, PNG and JPEG
+    pictures                                    what they share: the RawSample, splits, PNG and JPEG
     volumes                                     NIfTI and DICOM, both ways
     prepare, check                              data.py prepare, data.py stats
 
@@ -16,7 +16,7 @@ data.py can treat them alike:
     source.case(i)      the patient or volume that it belongs to
     source.spacing(case)    of volumes: (z, y, x), the mm between voxels; None where nobody knows
     source.file(i)      the Path of the file that holds image i; not of drawn ones
-    source.read(i)      the Picture; InputError, in one line that names the file, for anything wrong with it
+    source.read(i)      the RawSample; InputError, in one line that names the file, for anything wrong with it
 
 Nothing is ever unpickled.
 """

@@ -13,7 +13,7 @@ from readers.synapse import ORGANS
 
 
 class Demo:
-    """Drawn abdominal CT slices on a 256 x 256 grid; image i of a split depends on (seed, split, i) and knobs.
+    """Drawn abdominal CT slices on a 256 x 256 grid; image i of a split depends on (seed, split, i) and options.
 
     overlap: 0..1, pulls the organs towards each other, the front one wins. contrast: factor on the difference between
     organs and what lies behind them, 0..10. size: factor on the organs' size, 0..3. n: images (train 160, val 16,
@@ -170,7 +170,7 @@ def draw(rng, classes, overlap, contrast, size):
     front, label = behind.copy(), np.zeros((256, 256), np.uint8)
     phase = rng.normal(0, 0.03)  # how much contrast medium has arrived
     for name, ((x, y), axes, degrees, value, grain) in DRAWN.items():
-        # an organ draws from a generator of its own: the knobs change nothing but what they say
+        # an organ draws from a generator of its own: the options change nothing but what they say
         own = np.random.default_rng(rng.integers(2 ** 62))
         here = own.random() > 0.15
         x, y = np.array([x, y]) * (1.06 - 0.4 * overlap) + np.array([0, 0.06]) * overlap + own.normal(0, 0.035, 2)

@@ -1,4 +1,4 @@
-"""What the readers of all data sets share: the Picture that they return, how cases are split, PNG and JPEG files."""
+"""What the readers of all data sets share: the RawSample that they return, how cases are split, PNG and JPEG files."""
 import hashlib
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass
-class Picture:
+class RawSample:
     """One image on its own grid with the masks drawn on it."""
     image: np.ndarray  # uint8 [H,W] or [H,W,3] (RGB), or float [H,W] in [0, 1]
     masks: np.ndarray  # bool [T,H,W], none of them empty
@@ -25,14 +25,14 @@ class Picture:
 
 
 def from_labels(image, label, classes, modality):
-    """image [H,W], label uint8 [H,W], where i + 1 stands for classes[i] -> Picture."""
+    """image [H,W], label uint8 [H,W], where i + 1 stands for classes[i] -> RawSample."""
     ids = [i for i in np.unique(label) if i]
-    return Picture(image, label == np.array(ids, np.uint8).reshape(-1, 1, 1), tuple(classes[i - 1] for i in ids),
+    return RawSample(image, label == np.array(ids, np.uint8).reshape(-1, 1, 1), tuple(classes[i - 1] for i in ids),
                    tuple(c for i, c in enumerate(classes, 1) if i not in ids), modality)
 
 
 def without_small(picture):
-    """The Picture without masks below SMALLEST; what they show is then neither a target nor absent."""
+    """The RawSample without masks below SMALLEST; what they show is then neither a target nor absent."""
     keep = picture.masks.sum((1, 2)) >= SMALLEST * picture.masks[0].size if len(picture.masks) else []
     return replace(picture, masks=picture.masks[keep], targets=tuple(t for t, k in zip(picture.targets, keep) if k))
 

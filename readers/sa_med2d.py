@@ -23,7 +23,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from common import InputError, locked, read_json, whole
-from readers.pictures import MODALITIES, SMALLEST, SPLITS, Picture, read_image, read_mask, split_cases
+from readers.pictures import MODALITIES, SMALLEST, SPLITS, RawSample, read_image, read_mask, split_cases
 
 ORIGINAL, CLASS_IDS = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 TRAIN, TEST = "image2label_train.json", "label2image_test.json"
@@ -109,7 +109,7 @@ class SAMed2D:
         return self.root / "images" / self.names[i].as_py()
 
     def read(self, i, strict=False):
-        """-> Picture. Masks that are empty or of another size than the image are passed over; strict: InputError.
+        """-> RawSample. Masks that are empty or of another size than the image are passed over; strict: InputError.
 
         What they show is then neither a target nor absent; so it is with masks that are too small.
         """
@@ -135,7 +135,7 @@ class SAMed2D:
                 masks.append(mask)
                 targets.append(target)
         masks = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
-        return Picture(image, masks, tuple(targets), tuple(c for c in classes if known and c not in here), modality)
+        return RawSample(image, masks, tuple(targets), tuple(c for c in classes if known and c not in here), modality)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

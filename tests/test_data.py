@@ -15,7 +15,7 @@ from conftest import ROOT, fails
 from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, draw_pairs, make_batch, make_sample, move,
                   open_dataset, point_prompt, prompt_rng, to_original, vary)
 from encoders import FeatureCache
-from readers.pictures import Picture
+from readers.pictures import RawSample
 from readers.synapse import ORGANS
 from texts import Texts
 
@@ -240,7 +240,7 @@ def test_absent_targets():
 
 
 def test_empty_batch():
-    nothing = make_sample(Picture(np.zeros((32, 32)), np.zeros((0, 32, 32), bool), (), ORGANS, "ct"), 32, "a", "a")
+    nothing = make_sample(RawSample(np.zeros((32, 32)), np.zeros((0, 32, 32), bool), (), ORGANS, "ct"), 32, "a", "a")
     rng = np.random.default_rng(0)
     box = batch_of([nothing], "box", rng)
     point = batch_of([nothing], "point", rng, points=3)

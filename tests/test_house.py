@@ -92,7 +92,7 @@ def circle(imports):
 def test_imports_are_seen(tmp_path):
     """Of this test: what hides in functions, branches and names that are put together is found."""
     hidden = tmp_path / "x.py"
-    hidden.write_text("import json, data\nif data:\n    from readers import demo, Picture\n"
+    hidden.write_text("import json, data\nif data:\n    from readers import demo, RawSample\n"
                       "def f():\n    try:\n        import plots as p\n    finally:\n        import_module(f'benches.{p}')\n"
                       "class A:\n    def g(self):\n        from ops.build import load\n")
     assert imports_of("x", hidden) == {("data", False), ("readers.demo", False), ("readers", False), ("plots", True),

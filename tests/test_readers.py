@@ -418,8 +418,8 @@ def test_demo_brightness_alone_does_not_tell_the_organ():
 
 
 def test_demo_knobs():
-    def mean(measure, **knobs):
-        dataset = open_dataset("demo", split="test", image_size=128, n=16, **knobs)
+    def mean(measure, **options):
+        dataset = open_dataset("demo", split="test", image_size=128, n=16, **options)
         return np.mean([measure(dataset[i]) for i in range(16)])
 
     area = lambda s: s.masks.sum()
@@ -501,7 +501,7 @@ def test_kits19_through_workers(tmp_path):
 
 def test_bad_kits19(tmp_path):
     kits19(tmp_path)
-    open_ = lambda **knobs: open_dataset("kits19", tmp_path, "train", 32, **knobs)
+    open_ = lambda **options: open_dataset("kits19", tmp_path, "train", 32, **options)
     folder = tmp_path / open_().case(0)
     fails(lambda: open_dataset("kits19", folder), folder, "python data.py prepare kits19 RAW")
     label, record = folder / "label.npy", folder / "case.json"
