@@ -64,8 +64,8 @@ def draw_small(axis, prompt, spokes):
 def box_plots(boxes, path, title):
     """Figure 4. boxes: the Dice of each case, grouped by class and method; the cases are drawn as well."""
     counts = boxes.size().unstack(sort=False)
-    (classes, methods), figure_width = counts.axes, max(6, 0.55 * len(counts) * (counts.shape[1] + 0.8) + 1.2)
-    figure, axis = plt.subplots(figsize=(figure_width, 4.2))
+    classes, methods = counts.axes
+    figure, axis = plt.subplots(figsize=(max(6, 0.55 * len(classes) * (len(methods) + 0.8) + 1.2), 4.2))
     width = 0.8 / len(methods)
     for m, (method, style, hatch) in enumerate(zip(methods, cycle(STYLES), cycle(HATCHES))):
         places, values = zip(*((k + (m - (len(methods) - 1) / 2) * width, boxes.get_group((name, method)))
