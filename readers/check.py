@@ -1,11 +1,10 @@
 """data.py stats: what a data set holds, and everything that is wrong with its files, named one by one."""
 import hashlib
 import json
-from array import array
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -48,29 +47,13 @@ class Records(torch.utils.data.Dataset):
         return record
 
 
-class Tally:
-    """The numbers of a split, a modality or a class, added up image by image."""
-
-    def __init__(self):
-        self.images, self.cases, self.sizes = 0, set(), Counter()
-        self.areas, self.rates, self.sharing = array("f"), array("f"), 0
-
-    def add(self, record, targets):
-        self.images += 1
-        self.cases.add(record["case"])
-        if "size" in record:
-            self.sizes[record["size"]] += 1
-        for _, area, rate, shared in targets:
-            self.areas.append(area)
-            self.rates.append(rate)
-            self.sharing += shared
-
-    def numbers(self):
-        areas = np.array(self.areas)
-        quantiles = [float(q) for q in np.quantile(areas, (0, 0.25, 0.5, 0.75, 1))] if len(areas) else None
-        return dict(images=self.images, cases=len(self.cases), targets=len(areas), area_quantiles=quantiles,
-                    small=int((areas < SMALL).sum()), box_overlap=float(np.mean(self.rates)) if len(areas) else None,
-                    sharing_pixels=self.sharing, sizes=dict(self.sizes.most_common()))
+def summary(images, targets):
+    """DataFrames of count() -> the numbers of these images and targets."""
+    areas = targets["area"]
+    return dict(images=len(images), cases=images["case"].nunique(), targets=len(areas),
+                area_quantiles=areas.quantile([0, 0.25, 0.5, 0.75, 1]).tolist() if len(areas) else None,
+                small=int((areas < SMALL).sum()), box_overlap=float(targets["rate"].mean()) if len(areas) else None,
+                sharing_pixels=int(targets["shared"].sum()), sizes=images["size"].value_counts().to_dict())
 
 
 def count(records, name, seen):
@@ -78,8 +61,7 @@ def count(records, name, seen):
 
     seen: {digest: (split, key)} of all images so far, to find those on two sides of the split.
     """
-    everything, classes, modalities = Tally(), defaultdict(Tally), defaultdict(Tally)
-    wrong, largest, others = [], {}, []
+    wrong, images, targets = [], [], []
     for i, record in enumerate(records):
         wrong += record["wrong"]
         first = seen.setdefault(record["digest"], (name, record["key"])) if "digest" in record else (name, "")
@@ -87,20 +69,19 @@ def count(records, name, seen):
         if first[0] != name and first[1] != record["key"]:
             wrong.append(f"{record['key']} ({name}): the same pixels as {first[1]} ({first[0]}), on two sides of the "
                          "split; take one out")
-        everything.add(record, record["targets"])
-        if "modality" in record:
-            modalities[record["modality"]].add(record, record["targets"])
-        for target in dict.fromkeys(t[0] for t in record["targets"]):
-            mine = [t for t in record["targets"] if t[0] == target]
-            classes[target].add(record, mine)
-            largest[target] = max(largest.get(target, (0, 0)), (max(t[1] for t in mine), i))
-        if record["targets"]:
-            others.append(i)
-    numbers = dict(**everything.numbers(), modalities={k: t.numbers() for k, t in sorted(modalities.items())},
-                   classes={k: t.numbers() for k, t in sorted(classes.items())})
-    rare_first = sorted(largest, key=lambda target: classes[target].images)
-    spread = [others[k] for k in np.linspace(0, len(others) - 1, 24).astype(int)] if others else []
-    return numbers, wrong, list(dict.fromkeys([largest[target][1] for target in rare_first] + spread))[:24]
+        images.append((record["case"], record.get("modality"), record.get("size")))
+        targets += [(i, record["modality"], *target) for target in record["targets"]]
+    images = pd.DataFrame(images, columns=["case", "modality", "size"])
+    targets = pd.DataFrame(targets, columns=["image", "modality", "class", "area", "rate", "shared"])
+    modalities = {modality: summary(rows, targets[targets["modality"] == modality])
+                  for modality, rows in images.groupby("modality")}
+    classes = {c: summary(images.loc[rows["image"].unique()], rows) for c, rows in targets.groupby("class")}
+    largest = {c: rows["image"][rows["area"].idxmax()] for c, rows in targets.groupby("class")}
+    rare_first = sorted(largest, key=lambda c: classes[c]["images"])
+    others = targets["image"].unique()
+    spread = others[np.linspace(0, len(others) - 1, 24).astype(int)] if len(others) else []
+    rows = dict.fromkeys(map(int, [*(largest[c] for c in rare_first), *spread]))
+    return dict(**summary(images, targets), modalities=modalities, classes=classes), wrong, list(rows)[:24]
 
 
 def check_texts(texts, source):

@@ -247,6 +247,7 @@ class Indexer:
             self.problems.append(f"{self.path}: {text}")
 
     def build(self):
+        """Reads everything and writes the index."""
         self.path = self.root / CLASS_IDS
         self.ids = self.read_class_ids() if CLASS_IDS in self.files else {}
         for name in (name for name in self.files if name != CLASS_IDS):  # TEST before TRAIN
@@ -308,7 +309,7 @@ class Indexer:
             if case not in self.cases:
                 self.cases[case] = len(self.cases)
                 self.sources[source].append(case)
-            numbers = self.mask_numbers(masks, stem)
+            numbers = self.number_masks(masks, stem)
             group, found = self.groups.setdefault((source, modality), (len(self.groups), set()))
             found.update(numbers)
             self.names.append(name)
@@ -324,21 +325,22 @@ class Indexer:
         return path[path.rfind(f"/{kind}/") + 1:] if self.leading else path
 
     def pack(self):
+        """The columns so far become a batch."""
         masks = pa.ListArray.from_arrays(pa.array(self.mask_at, pa.int32()), pa.array(self.masks, pa.uint32()))
         rows = pa.record_batch([self.names, pa.array(self.group, pa.uint32()), masks], schema=COLUMNS)
         self.batches.append((rows, np.array(self.case, np.uint32)))
         self.clear()
 
-    def mask_numbers(self, masks, stem):
+    def number_masks(self, masks, stem):
         """The names of an image's masks -> the numbers of their suffixes, each once."""
-        numbers = [self.mask_number(mask, stem) for mask in masks]
+        numbers = [self.number_mask(mask, stem) for mask in masks]
         once = list(dict.fromkeys(numbers))
         if len(once) < len(numbers):
             for number in (n for n, count in Counter(numbers).items() if count > 1 and n != LEFT_OUT):
                 self.problem(f"{quoted(stem)} has its mask {quoted(self.suffixes[number][0])} twice; take one out")
         return once
 
-    def mask_number(self, path, stem):
+    def number_mask(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
         start, inner = f"masks/{stem}", self.inner(path, "masks") if isinstance(path, str) else ""
         suffix = inner[len(start):] if inner.startswith(start) else ""
@@ -356,19 +358,20 @@ class Indexer:
         self.suffixes.append((suffix, self.ids[int(match["id"])] if match["id"] else class_name(match["words"])))
         return self.numbers[suffix]
 
-    def sides(self):
-        """-> uint8 for each case, its place in SPLITS."""
-        sides = np.zeros(len(self.cases), np.uint8)
-        sides[:self.held] = SPLITS.index("test")
+    def split(self):
+        """-> uint8 for each case: the place of its split in SPLITS."""
+        places = np.zeros(len(self.cases), np.uint8)
+        places[:self.held] = SPLITS.index("test")
         for cases in self.sources.values():
             for split in ("val",) if TRAIN in self.files else ("val", "test"):
-                sides[[self.cases[case] for case in split_cases(cases, split)]] = SPLITS.index(split)
-        return sides
+                places[[self.cases[case] for case in split_cases(cases, split)]] = SPLITS.index(split)
+        return places
 
     def write(self):
-        sides = self.sides()
-        batches = [(rows, sides[case]) for rows, case in self.batches]
-        lengths = sum(np.bincount(side, minlength=len(SPLITS)) for _, side in batches).tolist()
+        """The index's file, from all that was read."""
+        places = self.split()
+        batches = [(rows, places[case]) for rows, case in self.batches]
+        lengths = sum(np.bincount(place, minlength=len(SPLITS)) for _, place in batches).tolist()
         groups = [[*group, sorted({self.suffixes[number][1] for number in found} - {None})]
                   for group, (_, found) in self.groups.items()]
         tables = dict(stamp=self.stamp, splits={s: [sum(lengths[:n]), lengths[n]] for n, s in enumerate(SPLITS)},
@@ -376,9 +379,9 @@ class Indexer:
                       problems=self.problems, left_out=self.left_out)
         schema = COLUMNS.with_metadata(dict(tables=json.dumps(tables)))
         with whole(self.root / INDEX) as file, pa.ipc.new_file(file, schema) as writer:
-            for split in range(len(SPLITS)):
-                for rows, side in batches:
-                    writer.write(rows.filter(pa.array(side == split)))
+            for n in range(len(SPLITS)):
+                for rows, place in batches:
+                    writer.write(rows.filter(pa.array(place == n)))
         masks = sum(len(rows["masks"].flatten()) for rows, _ in batches)
         print(f"{self.root}: indexed {sum(lengths)} images with {masks} masks, {self.count} problems"
               + "".join(f"; left out: {n} images of {sub}" for sub, n in self.left_out.items()), file=sys.stderr)

@@ -80,6 +80,22 @@ def test_no_per_image_objects_and_the_same_in_other_processes(tmp_path):
     assert [copy.key(i) for i in range(len(copy))] == [dataset.key(i) for i in range(len(dataset))]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(copy.key, (3,)) == dataset.key(3)
+    sent = pickle.dumps(dataset)
+    (tmp_path / "index.arrow").unlink()
+    fails(lambda: pickle.loads(sent), tmp_path / "index.arrow", "start again")
+
+
+def test_an_index_that_cannot_be_written(tmp_path):
+    write(tmp_path)
+    (tmp_path / "index.lock").mkdir()
+    fails(lambda: SAMed2D(tmp_path, "train"), tmp_path / "index.arrow", "cannot be written")
+
+
+def test_many_problems_are_counted(tmp_path):
+    entries = write(tmp_path)
+    save(tmp_path, entries | {f"images/{i}.png": [] for i in range(1500)})
+    problems = SAMed2D(tmp_path, "train").problems
+    assert len(problems) == 1001 and problems[-1].endswith("500 more problems")
 
 
 def test_the_index_is_built_once_and_again_when_the_json_changes(tmp_path):
