@@ -133,7 +133,7 @@ class Dataset:
 
 
 def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, limit=None, seed=0, **options):
-    """-> Dataset. `root`: the data's folder (default data/<name>). `options`: OPTIONS; those that are None are left out.
+    """-> Dataset. `root`: the data's folder (default data/<name>). `options`: of OPTIONS; None is as if left out.
 
     `fraction` in (0, 1] keeps an evenly spread subset whose phase is drawn from `seed`; `limit` then the first N.
     """
@@ -416,8 +416,8 @@ def move(x, theta, mode="bilinear"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The order of the samples. Every draw depends on the seed, the step and the sample's place in it alone. So a run that
-# was killed goes on with the same draws, several processes draw together what one would have drawn, and worker processes
-# can do all of it ahead.
+# was killed goes on with the same draws, several processes draw together what one would have drawn, and worker
+# processes can do all of it ahead.
 
 class Batches(torch.utils.data.Dataset):
     """Item n is a list of `accumulate` Batches: what this rank does in step first + n.

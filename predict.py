@@ -5,8 +5,8 @@
     python predict.py slice.png --target liver --box 20 60 130 190 --explain
 
 An image gives OUT/NAME-TARGET.png masks and an overlay; a volume OUT/NAME-label.nii.gz, aligned with its input (same
-shape, same affine; 1, 2, ... are the targets in order, see labels.json), and an overlay of three slices. --explain adds a
-picture per target of what its texts did. As a function: inference.predict_image().
+shape, same affine; 1, 2, ... are the targets in order, see labels.json), and an overlay of three slices. --explain adds
+a picture per target of what its texts did. As a function: inference.predict_image().
 """
 import json
 import time

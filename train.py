@@ -362,6 +362,8 @@ def parse():
     add("--offset-grid", type=positive_int, default=1)
     add_runtime_flags(parser)
     args = parser.parse_args()
+    if "--decoder-lr" in sys.argv:
+        print("train.py: --decoder-lr is called --decoder-lr-scale now; the old name still works", file=sys.stderr)
     if not sum(args.loss_weights):
         raise InputError("--loss-weights: give three numbers, not all of them 0")
     return args
@@ -378,7 +380,9 @@ def main():
                 train(r)
         except Stopped:
             saved = r and (r.out / "training.safetensors").is_file()
-            what = f"saved at step {r.progress['step']}; go on with --resume" if saved else "stopped before the first step"
+            what = "stopped before the first step"
+            if saved:
+                what = f"saved at step {r.progress['step']}; go on with --resume"
             if rank == 0:
                 print(f"train.py: {signals.name()}: {what}", file=sys.stderr)
             sys.exit(128 + (signals.seen or signal.SIGTERM))

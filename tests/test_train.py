@@ -87,7 +87,7 @@ def test_learning_rate_rises_and_falls():
 # Whole runs
 
 TINY = [*QUICK, "--feature-grid", "4", "--branches", "sem", "sam", "--priors", "--epochs", "3", "--rounds", "2",
-        "--views", "1", "--align", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, state written after each
+        "--views", "1", "--align", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, all saved
 
 
 def log_rows(out):
@@ -221,8 +221,9 @@ def test_a_rank_that_fails_ends_the_run(tmp_path, cache_folder):
 
 
 def test_nothing_to_resume_starts_anew(tmp_path, cache_folder, capsys):
-    run_main(["--max-steps", "1", "--resume", "--cache", cache_folder, "--out", tmp_path])
-    assert "starting anew" in capsys.readouterr().out
+    run_main(["--max-steps", "1", "--decoder-lr", "0.1", "--resume", "--cache", cache_folder, "--out", tmp_path])
+    said = capsys.readouterr()
+    assert "starting anew" in said.out and "--decoder-lr-scale" in said.err  # the old name works, with a word
     run_main(["--max-steps", "2", "--resume", "--lr", "0.002", "--cache", cache_folder, "--out", tmp_path])
     out = capsys.readouterr().out
     assert "resumed at step 1, with --lr 0.002 (was 0.001), --max-steps 2 (was 1)" in out or "--lr 0.002" in out
@@ -297,8 +298,9 @@ def test_ten_real_slices_are_learnt_by_heart(linked, tmp_path, cache_folder):
     """Two to three minutes. What does not fit its training images to the last pixels has an error somewhere."""
     root, flags = linked("sa-med2d-mini"), ["--limit", "10", "--image-size", "64"]
     done = python("train.py", "--light", "--dataset", "sa-med2d", "--data", root, *flags, "--prompt", "box", "--batch-size", 10,
-                  "--targets", 2, "--jitter", 0, "--weight-decay", 0, "--contrastive-loss", 0, "--lr", 2e-3, "--decoder-lr-scale", 1, "--warmup", 10,
-                  "--max-steps", 150, "--val-every", 1000, "--val-slices", 1, "--cache", cache_folder, "--out", tmp_path)
+                  "--targets", 2, "--jitter", 0, "--weight-decay", 0, "--contrastive-loss", 0, "--lr", 2e-3,
+                  "--decoder-lr-scale", 1, "--warmup", 10, "--max-steps", 150, "--val-every", 1000, "--val-slices", 1,
+                  "--cache", cache_folder, "--out", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     model, _ = load_checkpoint(tmp_path / "last.safetensors")
     dataset, found = open_dataset("sa-med2d", root, "train", 64, limit=10), []
