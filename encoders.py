@@ -1,5 +1,5 @@
-"""What MedSeg-R stands on, all of it frozen: the image encoders of SAM's family, the text towers, and image features that
-are kept on disk.
+"""What MedSeg-R stands on, all of it frozen: the image encoders of SAM's family, the text towers, and image features
+that are kept on disk.
 
     sam, its_hash = build_sam(config)       SAM's three parts for any image size, pretrained
     tower = TextEncoder("minilm")           texts -> tokens
@@ -106,7 +106,8 @@ def pretrained_sam(backbone):
             torch.hub.download_url_to_file(SAM_URL + path.name, str(path), hash_prefix=path.stem.split("_")[-1])
         except Exception as e:
             raise InputError(f"--backbone {backbone}: cannot download {SAM_URL}{path.name} ({type(e).__name__}); "
-                             "give a local copy with --sam-checkpoint FILE") from None
+                             "give a local copy with --sam-checkpoint FILE, or --light, which needs no "
+                             "download") from None
     return path
 
 
@@ -302,7 +303,7 @@ class TextEncoder(nn.Module):
         except Exception as e:
             why = " ".join(str(e).split())[:150]
             raise InputError(f"--clip {spec}: cannot be loaded ({type(e).__name__}: {why}); give NAME:FILE with a "
-                             "local file, or minilm, which needs no download") from None
+                             "local file, or --light, which needs no download") from None
         finally:
             torch.random.set_rng_state(torch_state)
         self.eval().requires_grad_(False)

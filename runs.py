@@ -120,7 +120,7 @@ def newest_checkpoint(out="out"):
     """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
     files = [f for pattern in ("best", "last", "*/best", "*/last") for f in Path(out).glob(f"{pattern}.safetensors")]
     if not files:
-        raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo, "
+        raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo --light, "
                          "or name one with --checkpoint")
     return max(files, key=lambda f: f.stat().st_mtime).parent
 

@@ -347,3 +347,15 @@ def test_wrong_sam_checkpoint_is_named(tmp_path, make):
 def test_wrong_text_encoder_is_named(spec):
     with pytest.raises(InputError, match="--clip"):
         encoders.TextEncoder(spec)
+
+
+@pytest.mark.parametrize("flags", [dict(backbone="vit_b", clip="minilm"), dict(LIGHT, clip="ViT-B-16-quickgelu:openai")])
+def test_where_nothing_can_be_downloaded_the_light_pair_is_named(flags, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("open_clip.create_model", refuse)
+    with pytest.raises(InputError, match="--light"):
+        MedSegR(Config(**flags, image_size=64))
