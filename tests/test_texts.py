@@ -225,3 +225,25 @@ def test_texts_otherwise_than_they_should_be():
     assert set(Rephrased(texts, "empty", pairs)("liver", "ct").values()) == {""}
     with pytest.raises(InputError, match="--text wrong"):
         Rephrased(Texts("kvasir"), "wrong", [("polyp", "endoscopy")])
+
+
+def test_the_words_kept_for_testing_are_in_no_training():
+    """paper/words.json: each class in six manners, each a text of its own; none of them is in attributes.json."""
+    plain = lambda wording: " ".join(re.findall(r"[a-z0-9]+", wording.lower()))
+    known = {plain(w) for w in strings(json.loads((ROOT / "attributes.json").read_text()))}
+    ours = Texts("synapse")
+    for other in (Texts("synapse", ROOT / "paper/words.json"), Texts("demo", ROOT / "paper/words.json")):
+        assert set(other.classes) == set(ours.classes)
+        for name in other.classes:
+            found = [other(name, "ct", number=k)[kind] for k in range(6) for kind in ("position", "texture", "shape")]
+            assert len(set(found)) == 18 and not {plain(w) for w in found} & known, name
+    hard = json.loads((ROOT / "paper/hard_words.json").read_text())
+    assert set(hard["negated"]) == set(ours.classes) and len(hard["nonsense"]) >= 10
+    assert not {plain(w) for w in strings(hard)} & known
+
+
+def strings(value):
+    """All texts within lists and objects of JSON."""
+    if isinstance(value, str):
+        return [value]
+    return [s for v in (value.values() if isinstance(value, dict) else value) for s in strings(v)]
