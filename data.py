@@ -336,13 +336,12 @@ def add_structures(batch, sample):
     batch.known = torch.ones(1, len(names), dtype=torch.bool)
 
 
-def draw_pairs(concepts, classes, rng, most=8):
+def draw_pairs(concepts, classes, rng, most=16):
     """For the contrastive loss: two random texts, one after the other, of each of up to `most` of the structures of
-    Texts.concepts(); half of them of the data set's own `classes`, if there are so many."""
+    Texts.concepts(), first the data set's own `classes`."""
     names = [list(concepts)[i] for i in rng.permutation(len(concepts))]
-    own, others = ([n for n in names if (n in classes) == is_own] for is_own in (True, False))
-    chosen = own[:max(most // 2, most - len(others))] + others
-    return [concepts[name](rng) for name in chosen[:most] for _ in range(2)]
+    names.sort(key=lambda name: name not in classes)  # keeps the random order within both
+    return [concepts[name](rng) for name in names[:most] for _ in range(2)]
 
 
 def join_structures(batches, structures):
