@@ -237,7 +237,7 @@ def print_table(table, title):
     shown = {column: how for column, how in PRINTED.items() if column in table["mean"]}
     cells = [[cell(row[column], digits) for column, (_, digits) in shown.items()] for row in table.values()]
     print(f"\n{title}\n" + pd.DataFrame(cells, list(table)).to_string(header=[head for head, _ in shown.values()]))
-    print("Dice, HD95 in voxels: TransUNet's convention; strict: an empty side costs everything (README, Metrics)\n")
+    print("Dice, HD95 in voxels: TransUNet's convention; strict: an empty side costs everything (docs/metrics.md)\n")
 
 
 class Journal:
