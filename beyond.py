@@ -76,12 +76,13 @@ class DenseAlignment(nn.Module):
 
     def forward(self, pixels, T_attr):
         """Pixels [B,D,H,W] of `self.pixels`, T_attr [K,d] -> logits of every structure in every image, [B,K,H,W]."""
-        w, bias = self.structure(T_attr).split([pixels.shape[1], 1], 1)
-        x = torch.einsum("bdhw,kd->bkhw", pixels, w.to(pixels.dtype))
-        return x.float() / pixels.shape[1] ** 0.5 + bias[..., None]
+        return self.compare("bdhw,kd->bkhw", pixels, T_attr)
 
     def of_targets(self, pixels, image_index, T_attr):
         """The logits of M targets, [M,H,W]: T_attr [M,d], and image_index [M] says in which image."""
+        return self.compare("mdhw,md->mhw", pixels[image_index], T_attr)
+
+    def compare(self, products, pixels, T_attr):
         w, bias = self.structure(T_attr).split([pixels.shape[1], 1], 1)
-        x = torch.einsum("mdhw,md->mhw", pixels[image_index], w.to(pixels.dtype))
+        x = torch.einsum(products, pixels, w.to(pixels.dtype))
         return x.float() / pixels.shape[1] ** 0.5 + bias[..., None]

@@ -48,24 +48,24 @@ class Sample:
         return self.truth.shape[1:]
 
 
-def make_sample(picture, size, case, key):
-    """pictures.RawSample -> Sample on the size x size grid.
+def make_sample(raw, size, case, key):
+    """readers.pictures.RawSample -> Sample on the size x size grid.
 
     An image that is not square is stretched to the square, as SAM-Med2D does: boxes and points live on the square grid,
     and `to_original` takes a prediction back. The image is resized with antialiasing; masks by nearest neighbour, which
     cannot invent a label between two others.
     """
-    image = torch.from_numpy(np.array(np.atleast_3d(picture.image))).permute(2, 0, 1)[None]
+    image = torch.from_numpy(np.array(np.atleast_3d(raw.image))).permute(2, 0, 1)[None]
     image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-    masks, (h, w) = picture.masks, picture.image.shape[:2]
+    masks, (h, w) = raw.masks, raw.image.shape[:2]
     if (h, w) != (size, size):
         image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
         if len(masks):
             stretched = F.interpolate(torch.from_numpy(masks)[None].byte(), (size, size), mode="nearest-exact")
             masks = stretched[0].bool().numpy()
     image = (image[0].clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return Sample(np.ascontiguousarray(image), masks.reshape(-1, size, size), picture.targets, picture.absent,
-                  picture.masks, picture.modality, case, key)
+    return Sample(np.ascontiguousarray(image), masks.reshape(-1, size, size), raw.targets, raw.absent,
+                  raw.masks, raw.modality, case, key)
 
 
 def to_original(x, size):
@@ -156,8 +156,8 @@ def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, l
     else:
         root = Path(root or Path("data") / name)
         if not root.is_dir():
-            raise InputError(f"{root}: no such folder; name the one that holds {name} with --data DIR (README: how to "
-                             "get the data)")
+            raise InputError(f"{root}: no such folder; name the one that holds {name} with --data DIR (docs/data.md: how "
+                             "to get it)")
         source = SOURCES[name](root, split, **options)
     return Dataset(source, image_size, fraction, limit, seed)
 
@@ -276,7 +276,7 @@ class Batch:
     dense_texts: list = field(default_factory=list)  # K dicts of texts
     dense_masks: torch.Tensor | None = None  # bool [B, K, S/2, S/2]
     known: torch.Tensor | None = None  # bool [B, K]: whether it is known if the image has the structure
-    contrast: list = field(default_factory=list)  # 2N dicts of texts, two of each of N structures
+    contrast: list = field(default_factory=list)  # 2N dicts of texts, two of each of N structures; in one part of a step
 
     def __len__(self):
         """B."""
@@ -445,7 +445,8 @@ class Batches(torch.utils.data.Dataset):
         prompt = self.prompt_of(step)
         samples = [self.draw(step, place, *which, prompt) for place, which in enumerate(self.rows(step))
                    if place % self.world == self.rank]
-        return [self.join(samples[n::self.accumulate], step) for n in range(self.accumulate)]
+        pairs = draw_pairs(self.concepts, self.dataset.classes, seeded("words", self.seed, step))
+        return [self.join(samples[n::self.accumulate], step, [] if n else pairs) for n in range(self.accumulate)]
 
     def rows(self, step):
         """[(number of the sample, of its view)] of a step, of all ranks together."""
@@ -486,16 +487,15 @@ class Batches(torch.utils.data.Dataset):
         batch.features = self.cache.read(batch.images[0])
         return batch
 
-    def join(self, batches, step):
-        """One Batch of several, each of one image; the images stay behind where all features are there."""
-        words = lambda *what: seeded("words", self.seed, step, *what)  # the same for all ranks and parts of a step
-        contrast = draw_pairs(self.concepts, self.dataset.classes, words())
+    def join(self, batches, step, pairs):
+        """One Batch of several, each of one image, and the pairs of texts that it has to compare; the images stay behind
+        where all features are there."""
         if not batches:
             S = self.dataset.image_size
             return Batch(torch.zeros(0, 3, S, S, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64),
                          torch.zeros(0, S, S, dtype=torch.bool), [], [],
                          dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool),
-                         known=torch.zeros(0, 0, dtype=torch.bool), contrast=contrast)
+                         known=torch.zeros(0, 0, dtype=torch.bool), contrast=pairs)
         structures = sorted({s for b in batches for s in b.structures})
         dense_masks, known = join_structures(batches, structures) if self.dense else (None, None)
         cat = lambda name: torch.cat([getattr(b, name) for b in batches])
@@ -508,8 +508,9 @@ class Batches(torch.utils.data.Dataset):
             boxes=None if batches[0].boxes is None else cat("boxes"), theta=cat("theta") if self.jitter else None,
             features=torch.from_numpy(np.stack([b.features for b in batches])) if have else None,
             clicks=cat("clicks") if self.rounds > 1 else None,
-            structures=structures, dense_masks=dense_masks, known=known, contrast=contrast,
-            dense_texts=[self.texts(*structure, rng=words(*structure)) for structure in structures])
+            structures=structures, dense_masks=dense_masks, known=known, contrast=pairs,
+            # in the same words for all processes and parts of a step
+            dense_texts=[self.texts(*s, rng=seeded("words", self.seed, step, *s)) for s in structures])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     logits: torch.Tensor  # float32 [T,S,S] on the model's grid, [T,H,W] on the image's; a mask is where they exceed 0
     iou: torch.Tensor  # float32 [T]: how good the model thinks its masks are
     priors: Priors  # of the targets
-    steps: dict  # F_fused, F_sem [T,C,G,G] and gate [T,branches,G,G], see MedSegR.decode
+    steps: dict  # of the targets, see `explain` of MedSegR.decode
     features: torch.Tensor  # F_SAM [1,C,G,G]
 
     @property
@@ -261,7 +261,8 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     priors, effect, gate, texts = answer.priors.take(slice(target, target + 1)), None, {}, as_lists(texts)
     if priors.texture is not None:
         index, attended = torch.zeros(1, dtype=torch.int64, device=model.device), priors._replace(shape_kernel=None)
-        plain, filtered = (modulate(answer.features, index, attended._replace(texture=kernel)).float()
+        features, _ = model.adapt_features(answer.features)
+        plain, filtered = (modulate(features, index, attended._replace(texture=kernel)).float()
                            for kernel in (None, priors.texture))
         effect = on_image((filtered - plain).norm(dim=1)[0] / plain.norm(dim=1)[0].clamp(min=1e-6))
     if answer.steps["gate"] is not None:

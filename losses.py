@@ -81,17 +81,18 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.weights, self.dense, self.contrast = model, weights, dense, contrast
 
-    def forward(self, batch, features, count, images, clicks=(), share=1.0):
-        """The loss of one Batch, and its parts [5] as in PARTS. count, images: the targets and the images of all
-        processes together; share: of this batch in what does not depend on its images.
+    def forward(self, batch, features, count, images, clicks=(), world=1):
+        """The loss of one Batch on features [B,C,H,W], and its parts [5] as in PARTS. count, images: the targets and the
+        images of all processes together; world: how many processes compute the same term on texts.
 
         clicks: the number of points in each further round, in which SAM is shown its own last answer and points from
         its error (SAM-Med2D's interactive training). The rounds share encoding, texts and one backward pass, where
         SAM-Med2D takes an optimiser step for each.
         """
         model = self.model
-        x, steps = model.modulate_features(features, batch.index, model.encode_attributes(batch.texts))
-        logits, iou = model.decode_masks(x, steps["map"], batch.points, batch.boxes)
+        features, pixels = model.adapt_features(features)
+        x, steps = model.modulate_features(features, pixels, batch.index, model.encode_attributes(batch.texts))
+        logits, iou = model.decode_masks(x, steps["text_map"], batch.points, batch.boxes)
         losses = [segmentation_loss(logits, iou, batch.masks, count, self.weights)]
         for n, clicked in enumerate(clicks):
             before, points = logits.detach(), None
@@ -99,14 +100,14 @@ class Objective(nn.Module):
                 size = batch.masks.shape[-2:]
                 shown = F.interpolate(before.float()[:, None], size, mode="bilinear", align_corners=False)[:, 0] > 0
                 points = correction_points(shown, batch.masks, batch.clicks[:, n, :clicked])
-            logits, iou = model.decode_masks(x, steps["map"], points, None, before)
+            logits, iou = model.decode_masks(x, steps["text_map"], points, None, before)
             losses.append(segmentation_loss(logits, iou, batch.masks, count, self.weights))
         loss, parts = (sum(each) / len(losses) for each in zip(*losses))
         dense = contrast = loss.new_zeros(())
         if self.dense and model.align:
-            dense = dense_loss(model.align(steps["pixels"], model.semantic_prior(batch.dense_texts)),
-                               batch.dense_masks, batch.known, images)
-        if self.contrast and model.cognitive:
-            contrast = share * contrastive_loss(model.semantic_prior(batch.contrast).unflatten(0, (-1, 2)))
+            dense = dense_loss(model.align(pixels, model.semantic_prior(batch.dense_texts)), batch.dense_masks,
+                               batch.known, images)
+        if batch.contrast and model.cognitive:
+            contrast = contrastive_loss(model.semantic_prior(batch.contrast).unflatten(0, (-1, 2))) / world
         loss = loss + self.dense * dense + self.contrast * contrast
         return loss, torch.cat([parts, torch.stack([dense, contrast]).detach()])

@@ -2,7 +2,7 @@
 
     text -> priors -> modulated SAM features -> masks
 
-    model = MedSegR(Config(backbone="lite_medsam"))
+    model = MedSegR(Config())                                            # or Config(**LIGHT): needs no download
     features = model.encode_image(images)                                # [B,256,H,W]: frozen, cacheable
     priors = model.encode_attributes([{"position": "...", "texture": "...", "shape": "..."}] * M)
     logits, iou = model.decode(features, image_index, priors, boxes=boxes)  # [M,h,w] and [M]
@@ -82,6 +82,8 @@ class Config:
             raise InputError(f"--tune-encoder {self.tune_encoder}: choose none, lora or all")
         if self.lora_rank < 1:
             raise InputError(f"--lora-rank {self.lora_rank}: give at least 1")
+        if self.align and "sem" not in self.active_branches:
+            raise InputError("--align: compares pixels with T_attr, which is switched off; leave it out")
         if not self.active_branches:
             raise InputError(f"--branches {' '.join(self.branches)}: every one of them is switched off; add sam")
 
@@ -120,8 +122,6 @@ class CognitiveStage(nn.Module):
 
     def forward(self, T, valid):
         """T [M,3,L,d], valid [M,3,L] -> T_attr [M,d], the mean over the tokens that are text."""
-        L = int(valid.any((0, 1)).nonzero().max()) + 1  # behind the longest text there is nothing to read
-        T, valid = T[:, :, :L], valid[:, :, :L]
         T, valid = T[:, self.columns], valid[:, self.columns].flatten(1)
         T_cross = T.flatten(1, 2)
         if self.caa:
@@ -322,13 +322,14 @@ class MedSegR(nn.Module):
             return features if features.shape[-1] == grid else F.adaptive_avg_pool2d(features, grid)
 
     def features_key(self):
-        """A hash of all that `encode_image` depends on: weights, settings, code and the packages it calls."""
+        """A hash of all that `encode_image` depends on, see encoders.features_key."""
         return features_key(self)
 
-    def read(self, texts, empty=False):
-        """M dicts with the texts "position", "texture" and "shape" -> the frozen tokens T [N,3,L,d] of their N distinct
-        triples, valid [N,3,L], and which triple each of the M is, int64 [M]. An empty text is an error, unless `empty`
-        allows it: then the text encoder sees its start and end tokens alone."""
+    def text_tokens(self, texts, empty=False):
+        """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1): frozen
+        tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of the M is,
+        int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start and end
+        tokens alone."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():
@@ -340,20 +341,22 @@ class MedSegR(nn.Module):
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
         encoded = {t: self.clip.tokens(t) for triple in row for t in triple}
         T, valid = (torch.stack([torch.stack([encoded[t][i] for t in triple]) for triple in row]) for i in (0, 1))
-        return T, valid, torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
+        index = torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
+        return T, valid, max(length for _, _, length in encoded.values()), index
 
     def encode_attributes(self, texts, empty=False):
-        """M dicts of texts, see `read` -> the Priors of M targets. Equal triples are computed once."""
+        """M dicts of texts, see `text_tokens` -> the Priors of M targets. Equal triples are computed once."""
         if self.clip is None:
             return Priors(None, None, None, None, None)
-        T, valid, index = self.read(texts, empty)
+        T, valid, L, index = self.text_tokens(texts, empty)
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
-        return Priors(*heads, self.cognitive(T, valid) if self.cognitive else None).take(index)
+        T_attr = self.cognitive(T[:, :, :L], valid[:, :, :L]) if self.cognitive else None
+        return Priors(*heads, T_attr).take(index)
 
     def semantic_prior(self, texts):
         """K dicts of texts -> T_attr [K,d] alone."""
-        T, valid, index = self.read(texts)
-        return self.cognitive(T, valid)[index]
+        T, valid, L, index = self.text_tokens(texts)
+        return self.cognitive(T[:, :, :L], valid[:, :, :L])[index]
 
     def decode(self, features, image_index, priors, points=None, boxes=None, masks=None, explain=False):
         """Features [B,C,H,W], image_index int64 [M], Priors of M targets -> mask logits [M,4H,4W], predicted IoU [M].
@@ -361,33 +364,36 @@ class MedSegR(nn.Module):
         points: (coordinates float [M,N,2], labels int [M,N]), (x, y) in pixels of the S x S image, label 1 inside, 0
         outside, -1 padding; boxes: float [M,4], x0 y0 x1 y1; masks: float [M,4H,4W], the logits of an earlier answer;
         all None: no prompt. With explain=True also a dict of what the steps did: F_fused and F_sem [M,C,H,W], gate
-        [M,branches,H,W], map [M,H,W] of the alignment; None for what is switched off.
+        [M,branches,H,W], text_map [M,H,W] of DenseAlignment; None for what is switched off.
         """
-        x, steps = self.modulate_features(features, image_index, priors)
-        out = self.decode_masks(x, steps["map"], points, boxes, masks)
+        features, pixels = self.adapt_features(features)
+        x, steps = self.modulate_features(features, pixels, image_index, priors)
+        out = self.decode_masks(x, steps["text_map"], points, boxes, masks)
         return (*out, steps) if explain else out
 
-    def modulate_features(self, features, image_index, priors):
+    def adapt_features(self, features):
+        """Beyond the paper, once per image: features [B,C,H,W] -> those of the adapter, and the pixels [B,D,H,W] that
+        DenseAlignment compares with texts. Without these switches the features as they are, and None."""
+        features = self.adapter(features, self.sam.prompt_encoder.get_dense_pe()) if self.adapter else features
+        return features, self.align.pixels(features) if self.align else None
+
+    def modulate_features(self, features, pixels, image_index, priors):
         """The text's part of decode -> the features that SAM's decoder sees, [M,C,H,W], and the dict of `explain`."""
         PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
-        if self.adapter:
-            features = self.adapter(features, PE)
         F_SAM = features[image_index]
         F_fused = modulate(features, image_index, priors) if self.perceptual else F_SAM
         F_sem = self.refine(F_fused, priors.T_attr, PE) if self.refine else None
         branches = [dict(fused=F_fused, sem=F_sem, sam=F_SAM)[b] for b in self.config.active_branches]
         x, weights = self.gate(branches) if self.gate else (branches[0], None)
-        pixels = match = None
+        text_map = self.align.of_targets(pixels, image_index, priors.T_attr) if self.align else None
         if self.align:
-            pixels = self.align.pixels(features)
-            match = self.align.of_targets(pixels, image_index, priors.T_attr)
-            x = x + self.align.to_features(match[:, None])
-        return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights, pixels=pixels, map=match)
+            x = x + self.align.to_features(text_map[:, None])
+        return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights, text_map=text_map)
 
-    def decode_masks(self, x, match=None, points=None, boxes=None, masks=None):
+    def decode_masks(self, x, text_map=None, points=None, boxes=None, masks=None):
         """SAM's part of decode: its prompt encoder and mask decoder with an image embedding per target, [M,C,H,W];
         SAM's own forward would pair every image with every prompt. Only the first mask, SAM's answer to
-        multimask_output=False, is computed. match [M,H,W]: the map of DenseAlignment."""
+        multimask_output=False, is computed. text_map [M,H,W]: of DenseAlignment."""
         PE, decoder, M = self.sam.prompt_encoder.get_dense_pe(), self.sam.mask_decoder, len(x)
         if masks is not None:
             masks = masks[:, None]
@@ -398,9 +404,9 @@ class MedSegR(nn.Module):
         up = decoder.output_upscaling(src.transpose(1, 2).view(x.shape))
         kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])
         masks = (kernel[:, None] @ up.flatten(2)).view(M, *up.shape[-2:])
-        if match is not None:
-            match = F.interpolate(match[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-            masks = masks + self.align.to_mask(hs[:, 1])[..., None] * match
+        if text_map is not None:
+            text_map = F.interpolate(text_map[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+            masks = masks + self.align.to_mask(hs[:, 1])[..., None] * text_map
         return masks, decoder.iou_prediction_head(hs[:, 0])[:, 0]
 
     def forward(self, images, image_index, texts, points=None, boxes=None, features=None):

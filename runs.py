@@ -99,7 +99,8 @@ def load_checkpoint(path, **overrides):
 
 
 def init_from(path, model):
-    """Puts a checkpoint's parameters into a model as far as names and shapes agree: a start, not a continuation."""
+    """Puts a checkpoint's parameters into a model as far as names and shapes agree, a start and not a continuation -> a
+    line that says how many."""
     path = checkpoint_file(path, "--init")
     try:
         weights = safetensors.torch.load_file(path)
@@ -113,7 +114,7 @@ def init_from(path, model):
     with torch.no_grad():
         for name in fitting:
             trained[name].copy_(weights[name])
-    print(f"--init {path}: {len(fitting)} of the model's {len(trained)} tensors start from it")
+    return f"--init {path}: {len(fitting)} of the model's {len(trained)} tensors start from it"
 
 
 def newest_checkpoint(out="out"):

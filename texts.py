@@ -22,13 +22,6 @@ def split_wordings(wordings):
     return wordings[:trained], wordings[trained:]
 
 
-def drop_words(text, rng, share):
-    """The text without some of its words, each left out with probability `share`; one word always stays."""
-    words = text.split()
-    kept = [word for word, keep in zip(words, rng.random(len(words)) >= share) if keep]
-    return " ".join(kept or words[:1])
-
-
 class Texts:
     """The clinical texts of a data set's classes (attributes.json), and those of single images where a file has them.
 

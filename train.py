@@ -77,19 +77,21 @@ def set_up(args, rank, world, device, signals):
     r.val_prompt = "none" if args.prompt == "mixed" else args.prompt
     r.texts = Texts(args.dataset, args.attributes_file, args.texts)
     r.texts.check(train_set.source.pairs)
+    if any(flag.split("=")[0] == "--decoder-lr" for flag in sys.argv):
+        r.say("--decoder-lr is called --decoder-lr-scale now; the old name still works")
     make_folder(r.out)
     torch.manual_seed(args.seed)
     r.model = model = MedSegR(config).to(device)
     check_disk(r.out, model)
     if args.init:
-        init_from(args.init, model)
+        r.say(init_from(args.init, model))
     r.say(model.describe())
     r.say(f"{args.dataset}: {len(train_set)} training images, {len(r.val_rows)} of {len(r.val_set)} validation images; "
           f"{world} process(es) on {device}")
     encode_ahead(r, train_set)
 
     r.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.decoder_lr_scale), lr=args.lr,
-                                    betas=(0.9, 0.999), fused=True)  # on a CPU a quarter of the time
+                                    betas=(0.9, 0.999), fused=True)  # one pass over the parameters
     r.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
     # window: sums since the last row of the log, and of how many steps; validated: not only trained
     r.progress = dict(step=0, best=-1.0, seconds=0.0, skipped=0, window=[0.0] * (len(WINDOW) + 1), validated=True)
@@ -195,8 +197,7 @@ def train_step(r, step, parts):
     for n, part in enumerate(parts, 1):
         wait = nullcontext() if world == 1 or n == len(parts) else r.objective.no_sync()
         with wait, autocast(r.device, args.precision):
-            loss, each = r.objective(part.to(r.device), features_of(r, part), count, images, clicks,
-                                     1 / (world * len(parts)))
+            loss, each = r.objective(part.to(r.device), features_of(r, part), count, images, clicks, world)
             # DistributedDataParallel takes the mean over the processes, but the counts are of all of them
             r.scaler.scale(loss * world).backward()
         sums = sums + torch.cat([loss.detach()[None], each])
@@ -362,8 +363,6 @@ def parse():
     add("--offset-grid", type=positive_int, default=1)
     add_runtime_flags(parser)
     args = parser.parse_args()
-    if "--decoder-lr" in sys.argv:
-        print("train.py: --decoder-lr is called --decoder-lr-scale now; the old name still works", file=sys.stderr)
     if not sum(args.loss_weights):
         raise InputError("--loss-weights: give three numbers, not all of them 0")
     return args

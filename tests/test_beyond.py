@@ -1,15 +1,19 @@
 """The switches beyond the paper: off in the paper's setting, the identity at the start, and sums where they say sums."""
+import numpy as np
 import pytest
 import torch
 
 from beyond import DenseAlignment, FeatureAdapter
-from common import LIGHT
-from medsegr import Config, MedSegR
+from common import LIGHT, InputError
+from inference import explain, predict_image
+from medsegr import Config, MedSegR, modulate
 
 
 def test_they_are_off_in_the_papers_setting():
     config = Config()
     assert not config.adapter and not config.align
+    with pytest.raises(InputError, match="--align"):  # not silently without it
+        Config(align=True, cognitive=False)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (14, 14), (9, 13)])
@@ -44,3 +48,25 @@ def test_a_model_with_both_starts_as_sam():
         expected, _ = plain.decode(features, index, plain.encode_attributes(text), boxes=box)
         logits, _ = model.decode(features, index, model.encode_attributes(text), boxes=box)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_wordings_and_explanations_see_the_adapted_features():
+    """The first wording of the second target, and the filter's effect on the features that it acts on."""
+    torch.manual_seed(0)
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8, adapter=True, align=True)).eval()
+    for layer in (model.adapter.out[-1], model.align.to_mask, model.perceptual.texture.linear):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    one, two, three = (dict(position=p, texture="bright", shape="round") for p in ("left", "right", "above"))
+    both = predict_image(model, image, [[one, two], [three]])
+    alone = predict_image(model, image, [three])
+    torch.testing.assert_close(both.logits[1], alone.logits[0], rtol=1e-3, atol=1e-3)
+    assert both.steps["text_map"].shape == (2, 8, 8)
+    features, _ = model.adapt_features(alone.features)
+    assert not torch.allclose(features, alone.features)
+    index, attended = torch.zeros(1, dtype=torch.int64), alone.priors._replace(shape_kernel=None)
+    with torch.no_grad():
+        plain, filtered = (modulate(features, index, attended._replace(texture=k)) for k in (None, attended.texture))
+    effect = (filtered - plain).norm(dim=1) / plain.norm(dim=1)
+    found = explain(model, image, alone, 0, [three]).texture_effect
+    assert found.mean() == pytest.approx(float(effect.mean()), rel=0.05)

@@ -273,7 +273,8 @@ def of(dataset, rank=0, world=1, first=0, last=100, **args):
 def test_an_epoch_visits_every_sample_once(n, batch, accumulate, world, monkeypatch):
     """All ranks together, whatever does not divide evenly, and in another order each time."""
     monkeypatch.setattr(Batches, "draw", lambda self, step, place, number, view, prompt: number)
-    monkeypatch.setattr(Batches, "join", lambda self, samples, step: samples)
+    monkeypatch.setattr("data.draw_pairs", lambda *drawn: [])
+    monkeypatch.setattr(Batches, "join", lambda self, samples, step, pairs: samples)
     ranks = [of(Numbers(n), rank, world, batch_size=batch, accumulate=accumulate) for rank in range(world)]
     epochs = []
     for epoch in range(2):
@@ -319,7 +320,9 @@ def test_draws_do_not_depend_on_who_draws(prompt):
         assert one and one == flat([b for rank in parts for b in rank[step]])
         shares = [b for rank in parts for b in rank[step]]
         assert flat_structures(whole[step]) == flat_structures(shares)
-        assert all(b.contrast == whole[step][0].contrast for b in shares)
+        for first, *others in (rank[step] for rank in parts):  # the pairs of texts are one part's of a step
+            assert first.contrast == whole[step][0].contrast and len(first.contrast) == 32
+            assert not any(b.contrast for b in others)
         assert whole.clicks_of(step, 2) == parts[2].clicks_of(step, 2)
     assert flat(whole[3]) == flat(resumed[0])
 

@@ -83,7 +83,7 @@ def test_answers_are_those_of_the_evaluation(model):
 def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
     """On a 128 x 192 image of a 64 x 64 model: a pixel's centre stays the centre of what it covers."""
     seen = {}
-    monkeypatch.setattr(type(model[0]), "decode_masks", lambda self, x, match, points, boxes, masks=None: seen.update(
+    monkeypatch.setattr(type(model[0]), "decode_masks", lambda self, x, text_map, points, boxes, masks=None: seen.update(
         points=points, boxes=boxes) or (torch.zeros(len(x), 32, 32), torch.zeros(len(x))))
     image = np.zeros((128, 192, 3), np.uint8)
     answer = predict_image(model[0], image, [TEXT], [[0, 0, 191, 127]], (np.array([[[95.5, 63.5]]]), [[1]]))

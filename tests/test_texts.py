@@ -12,7 +12,7 @@ from conftest import ROOT, fails
 from data import HEIGHTS, SIDES, make_batch, open_dataset
 from readers.sa_med2d import SAMed2D
 from readers.synapse import ORGANS
-from texts import Rephrased, Texts, drop_words, split_wordings
+from texts import Rephrased, Texts, split_wordings
 
 KNOWN = Texts("synapse")
 SAMPLES = [open_dataset("demo", image_size=64)[i] for i in range(2)]
@@ -137,15 +137,6 @@ def test_concepts_are_those_of_every_data_set(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     fails(lambda: Texts("demo", tmp_path / "a.json").concepts(), "two, liver, shape, mr")
     assert KNOWN.concepts().keys() == {c for entry in EVERYTHING.values() if isinstance(entry, dict) for c in entry}
-
-
-def test_dropped_words():
-    rng, text = np.random.default_rng(0), "large homogeneous organ below the diaphragm"
-    assert drop_words(text, rng, 0) == text and drop_words("", rng, 0.5) == ""
-    assert {drop_words(text, rng, 1) for _ in range(9)} == {"large"}
-    drawn = [drop_words(text, rng, 0.3).split() for _ in range(500)]
-    assert all(words and words == [w for w in text.split() if w in words] for words in drawn)
-    assert np.mean([len(words) for words in drawn]) == pytest.approx(0.7 * 6, abs=0.15)
 
 
 def test_the_look_may_depend_on_the_modality(tmp_path):

@@ -223,7 +223,7 @@ def test_a_rank_that_fails_ends_the_run(tmp_path, cache_folder):
 def test_nothing_to_resume_starts_anew(tmp_path, cache_folder, capsys):
     run_main(["--max-steps", "1", "--decoder-lr", "0.1", "--resume", "--cache", cache_folder, "--out", tmp_path])
     said = capsys.readouterr()
-    assert "starting anew" in said.out and "--decoder-lr-scale" in said.err  # the old name works, with a word
+    assert "starting anew" in said.out and "--decoder-lr-scale" in said.out  # the old name works, with a word
     run_main(["--max-steps", "2", "--resume", "--lr", "0.002", "--cache", cache_folder, "--out", tmp_path])
     out = capsys.readouterr().out
     assert "resumed at step 1, with --lr 0.002 (was 0.001), --max-steps 2 (was 1)" in out or "--lr 0.002" in out
