@@ -255,7 +255,7 @@ def test_bad_arguments(tmp_path):
 
 
 def test_missing_folders(tmp_path):
-    fails(lambda: open_dataset("synapse", tmp_path / "no"), tmp_path / "no", "--data", "README")
+    fails(lambda: open_dataset("synapse", tmp_path / "no"), tmp_path / "no", "--data", "docs/data.md")
     for split in ("train", "val"):
         fails(lambda: open_dataset("synapse", tmp_path, split), tmp_path / "train_npz")
     fails(lambda: open_dataset("synapse", tmp_path, "test"), tmp_path / "test_vol_h5", "--data")
