@@ -8,7 +8,6 @@ Both start at the identity, as all of MedSeg-R does. Shapes as in medsegr.py: B 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 
 
 def zero(layer):
@@ -38,7 +37,7 @@ class FeatureAdapter(nn.Module):
     where in the image it is.
     """
 
-    def __init__(self, widths=(128, 192, 256, 256), channels=256):
+    def __init__(self, widths=(64, 128, 160, 192), channels=256):
         super().__init__()
         self.stem, self.place = nn.Conv2d(channels, widths[0], 1), nn.Conv2d(channels, widths[0], 1, bias=False)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:]))
@@ -48,7 +47,6 @@ class FeatureAdapter(nn.Module):
 
     def forward(self, F_SAM, PE):
         """F_SAM [B,C,H,W], PE [1,C,H,W] -> [B,C,H,W]."""
-        F_SAM = F_SAM.contiguous(memory_format=torch.channels_last)  # what CPUs and tensor cores convolve fastest
         x, skips = self.stem(F_SAM) + self.place(PE), []
         for n, block in enumerate(self.encode):
             x = block(self.down[n - 1](x) if n else x)
@@ -69,20 +67,20 @@ class DenseAlignment(nn.Module):
 
     def __init__(self, width, channels=128, features=256):
         super().__init__()
-        self.pixels = nn.Sequential(LayerNorm2d(features), nn.Conv2d(features, channels, 1))
+        self.pixels = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, channels))
         self.structure = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels + 1))
         nn.init.constant_(self.structure[1].bias[-1:], -3.0)  # most of an image is not what is asked for
         self.to_features, self.to_mask = zero(nn.Conv2d(1, features, 1)), zero(nn.Linear(features, 1))
 
     def forward(self, pixels, T_attr):
-        """Pixels [B,D,H,W] of `self.pixels`, T_attr [K,d] -> logits of every structure in every image, [B,K,H,W]."""
-        return self.compare("bdhw,kd->bkhw", pixels, T_attr)
+        """Pixels [B,H,W,D] of `self.pixels`, T_attr [K,d] -> logits of every structure in every image, [B,K,H,W]."""
+        return self.compare("bhwd,kd->bkhw", pixels, T_attr)
 
     def of_targets(self, pixels, image_index, T_attr):
         """The logits of M targets, [M,H,W]: T_attr [M,d], and image_index [M] says in which image."""
-        return self.compare("mdhw,md->mhw", pixels[image_index], T_attr)
+        return self.compare("mhwd,md->mhw", pixels[image_index], T_attr)
 
     def compare(self, products, pixels, T_attr):
-        w, bias = self.structure(T_attr).split([pixels.shape[1], 1], 1)
+        w, bias = self.structure(T_attr).split([pixels.shape[-1], 1], 1)
         x = torch.einsum(products, pixels, w.to(pixels.dtype))
-        return x.float() / pixels.shape[1] ** 0.5 + bias[..., None]
+        return x.float() / pixels.shape[-1] ** 0.5 + bias[..., None]

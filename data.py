@@ -276,6 +276,7 @@ class Batch:
     dense_texts: list = field(default_factory=list)  # K dicts of texts
     dense_masks: torch.Tensor | None = None  # bool [B, K, S/2, S/2]
     known: torch.Tensor | None = None  # bool [B, K]: whether it is known if the image has the structure
+    seed: int = 0  # of the words that are dropped
     contrast: list = field(default_factory=list)  # 2N dicts of texts, two of each of N structures; in one part of a step
 
     def __len__(self):
@@ -490,12 +491,13 @@ class Batches(torch.utils.data.Dataset):
     def join(self, batches, step, pairs):
         """One Batch of several, each of one image, and the pairs of texts that it has to compare; the images stay behind
         where all features are there."""
+        seed = int(seeded("dropped", self.seed, step).integers(2 ** 31))
         if not batches:
             S = self.dataset.image_size
             return Batch(torch.zeros(0, 3, S, S, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64),
                          torch.zeros(0, S, S, dtype=torch.bool), [], [],
                          dense_masks=torch.zeros(0, 0, S // 2, S // 2, dtype=torch.bool),
-                         known=torch.zeros(0, 0, dtype=torch.bool), contrast=pairs)
+                         known=torch.zeros(0, 0, dtype=torch.bool), contrast=pairs, seed=seed)
         structures = sorted({s for b in batches for s in b.structures})
         dense_masks, known = join_structures(batches, structures) if self.dense else (None, None)
         cat = lambda name: torch.cat([getattr(b, name) for b in batches])
@@ -508,7 +510,7 @@ class Batches(torch.utils.data.Dataset):
             boxes=None if batches[0].boxes is None else cat("boxes"), theta=cat("theta") if self.jitter else None,
             features=torch.from_numpy(np.stack([b.features for b in batches])) if have else None,
             clicks=cat("clicks") if self.rounds > 1 else None,
-            structures=structures, dense_masks=dense_masks, known=known, contrast=pairs,
+            structures=structures, dense_masks=dense_masks, known=known, contrast=pairs, seed=seed,
             # in the same words for all processes and parts of a step
             dense_texts=[self.texts(*s, rng=seeded("words", self.seed, step, *s)) for s in structures])
 

@@ -33,7 +33,7 @@ from common import InputError
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
 ENCODING_VERSION = 1  # raise it whenever MedSegR.encode_image computes something else: kept features are then not found
-KEPT_TEXTS = 2048  # texts whose tokens stay in memory: 320 MB with CLIP
+KEPT_TEXTS = 8192  # texts whose tokens stay in memory: about 400 MB with CLIP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,14 +326,15 @@ class TextEncoder(nn.Module):
         return x.float() * valid[..., None], valid
 
     def tokens(self, text):
-        """A string -> tokens [L,d], valid bool [L], the length of the valid part. Each text is encoded alone, so that
-        rounding does not depend on which ones happen to come together."""
+        """A string -> tokens [n,d], without what follows the end of text. Each text is encoded alone, so that rounding does
+        not depend on which ones happen to come together."""
         key = text, next(self.parameters()).device
         if key in self.kept:
             entry = self.kept.pop(key)
         else:
-            tokens, valid = (x[0] for x in self([text]))
-            entry = tokens, valid, int(valid.nonzero().max()) + 1
+            with torch.autocast(key[1].type, enabled=False):  # for texts this short, casting the weights costs more
+                tokens, valid = (x[0] for x in self([text]))
+            entry = tokens[:int(valid.nonzero().max()) + 1].clone()
         self.kept[key] = entry  # the last used stands last
         if len(self.kept) > KEPT_TEXTS:
             del self.kept[next(iter(self.kept))]

@@ -77,9 +77,10 @@ def contrastive_loss(T_attr, temperature=0.1):
 class Objective(nn.Module):
     """Model and losses in one forward, as DistributedDataParallel needs it."""
 
-    def __init__(self, model, weights, dense, contrast):
+    def __init__(self, model, weights, dense, contrast, decode=True, drop=0.0):
         super().__init__()
         self.model, self.weights, self.dense, self.contrast = model, weights, dense, contrast
+        self.decode, self.drop = decode, drop  # whether masks are decoded; the share of the texts' tokens left out
 
     def forward(self, batch, features, count, images, clicks=(), world=1):
         """The loss of one Batch on features [B,C,H,W], and its parts [5] as in PARTS. count, images: the targets and the
@@ -90,8 +91,25 @@ class Objective(nn.Module):
         SAM-Med2D takes an optimiser step for each.
         """
         model = self.model
+        drop = (self.drop, torch.Generator().manual_seed(batch.seed)) if self.drop else None
         features, pixels = model.adapt_features(features)
-        x, steps = model.modulate_features(features, pixels, batch.index, model.encode_attributes(batch.texts))
+        loss, parts = torch.zeros((), device=features.device), torch.zeros(3, device=features.device)
+        if self.decode:
+            loss, parts = self.decoding_loss(batch, features, pixels, count, clicks, drop)
+        dense = contrast = loss.new_zeros(())
+        if self.dense and model.align:
+            dense = dense_loss(model.align(pixels, model.semantic_prior(batch.dense_texts, drop)), batch.dense_masks,
+                               batch.known, images)
+        if batch.contrast and model.cognitive:
+            contrast = contrastive_loss(model.semantic_prior(batch.contrast, drop).unflatten(0, (-1, 2))) / world
+        loss = loss + self.dense * dense + self.contrast * contrast
+        return loss, torch.cat([parts, torch.stack([dense, contrast]).detach()])
+
+    def decoding_loss(self, batch, features, pixels, count, clicks, drop):
+        """Masks of the Batch's targets, round by round -> segmentation_loss of all rounds, their mean."""
+        model = self.model
+        x, steps = model.modulate_features(features, pixels, batch.index,
+                                           model.encode_attributes(batch.texts, drop=drop))
         logits, iou = model.decode_masks(x, steps["text_map"], batch.points, batch.boxes)
         losses = [segmentation_loss(logits, iou, batch.masks, count, self.weights)]
         for n, clicked in enumerate(clicks):
@@ -102,12 +120,4 @@ class Objective(nn.Module):
                 points = correction_points(shown, batch.masks, batch.clicks[:, n, :clicked])
             logits, iou = model.decode_masks(x, steps["text_map"], points, None, before)
             losses.append(segmentation_loss(logits, iou, batch.masks, count, self.weights))
-        loss, parts = (sum(each) / len(losses) for each in zip(*losses))
-        dense = contrast = loss.new_zeros(())
-        if self.dense and model.align:
-            dense = dense_loss(model.align(pixels, model.semantic_prior(batch.dense_texts)), batch.dense_masks,
-                               batch.known, images)
-        if batch.contrast and model.cognitive:
-            contrast = contrastive_loss(model.semantic_prior(batch.contrast).unflatten(0, (-1, 2))) / world
-        loss = loss + self.dense * dense + self.contrast * contrast
-        return loss, torch.cat([parts, torch.stack([dense, contrast]).detach()])
+        return [sum(each) / len(losses) for each in zip(*losses)]

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 
 from beyond import DenseAlignment, FeatureAdapter, zero
 from common import ATTRIBUTES, InputError
@@ -140,7 +139,7 @@ class ChannelCrossAttention(nn.Module):
     def __init__(self, width, heads, channels=256):
         super().__init__()
         self.heads = heads
-        self.norm_text, self.norm = nn.LayerNorm(width), LayerNorm2d(channels)
+        self.norm_text, self.norm = nn.LayerNorm(width), nn.LayerNorm(channels)
         self.scale, self.shift, self.film = (nn.Linear(width, channels) for _ in range(3))
         self.q, self.k, self.v = (nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False),
@@ -151,7 +150,7 @@ class ChannelCrossAttention(nn.Module):
     def forward(self, F_fused, T_attr, PE):
         """F_fused [M,C,H,W], T_attr [M,d], PE [1,C,H,W] -> F_sem [M,C,H,W]."""
         scale, shift, film = (f(self.norm_text(T_attr))[..., None, None] for f in (self.scale, self.shift, self.film))
-        normed = self.norm(F_fused)
+        normed = self.norm(F_fused.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         F_attr = scale * PE + shift + film * normed
         q, k, v = (x.flatten(2).unflatten(1, (self.heads, -1))  # [M,heads,C/heads,HW]
                    for x in (self.q(normed), self.k(F_attr), self.v(F_attr)))
@@ -325,11 +324,11 @@ class MedSegR(nn.Module):
         """A hash of all that `encode_image` depends on, see encoders.features_key."""
         return features_key(self)
 
-    def text_tokens(self, texts, empty=False):
+    def text_tokens(self, texts, empty=False, drop=None):
         """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1): frozen
         tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of the M is,
         int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start and end
-        tokens alone."""
+        tokens alone. drop: (share, torch.Generator): for training, so many tokens of each text are taken out."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():
@@ -340,22 +339,31 @@ class MedSegR(nn.Module):
             triples = [("; ".join(triple),) for triple in triples]
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
         encoded = {t: self.clip.tokens(t) for triple in row for t in triple}
-        T, valid = (torch.stack([torch.stack([encoded[t][i] for t in triple]) for triple in row]) for i in (0, 1))
+        lengths = torch.tensor([[len(encoded[t]) for t in triple] for triple in row], device=self.device)
+        T = torch.stack([torch.stack([F.pad(encoded[t], (0, 0, 0, self.clip.context - len(encoded[t]))) for t in triple])
+                         for triple in row])
+        valid = torch.arange(self.clip.context, device=self.device) < lengths[..., None]
+        if drop:
+            share, generator = drop
+            kept = torch.rand(valid.shape, generator=generator) >= share
+            kept[..., 0] = True  # the start token: no text becomes empty
+            valid = valid & kept.to(self.device)
+            T = T * valid[..., None]
         index = torch.tensor([row[t] for t in triples[:len(texts)]], dtype=torch.int64, device=self.device)
-        return T, valid, max(length for _, _, length in encoded.values()), index
+        return T, valid, int(lengths.max()), index
 
-    def encode_attributes(self, texts, empty=False):
-        """M dicts of texts, see `text_tokens` -> the Priors of M targets. Equal triples are computed once."""
+    def encode_attributes(self, texts, empty=False, drop=None):
+        """M dicts of texts -> the Priors of M targets, see `text_tokens`. Equal triples are computed once."""
         if self.clip is None:
             return Priors(None, None, None, None, None)
-        T, valid, L, index = self.text_tokens(texts, empty)
+        T, valid, L, index = self.text_tokens(texts, empty, drop)
         heads = self.perceptual(T) if self.perceptual else (None,) * 4
         T_attr = self.cognitive(T[:, :, :L], valid[:, :, :L]) if self.cognitive else None
         return Priors(*heads, T_attr).take(index)
 
-    def semantic_prior(self, texts):
+    def semantic_prior(self, texts, drop=None):
         """K dicts of texts -> T_attr [K,d] alone."""
-        T, valid, L, index = self.text_tokens(texts)
+        T, valid, L, index = self.text_tokens(texts, drop=drop)
         return self.cognitive(T[:, :, :L], valid[:, :, :L])[index]
 
     def decode(self, features, image_index, priors, points=None, boxes=None, masks=None, explain=False):
@@ -372,10 +380,13 @@ class MedSegR(nn.Module):
         return (*out, steps) if explain else out
 
     def adapt_features(self, features):
-        """Beyond the paper, once per image: features [B,C,H,W] -> those of the adapter, and the pixels [B,D,H,W] that
+        """Beyond the paper, once per image: features [B,C,H,W] -> those of the adapter, and the pixels [B,H,W,D] that
         DenseAlignment compares with texts. Without these switches the features as they are, and None."""
+        if torch.is_autocast_enabled(features.device.type):  # half the bytes to move, and the CPU's time is moving them
+            features = features.to(torch.get_autocast_dtype(features.device.type))
+        features = features.contiguous(memory_format=torch.channels_last)  # what CPUs and tensor cores convolve fastest
         features = self.adapter(features, self.sam.prompt_encoder.get_dense_pe()) if self.adapter else features
-        return features, self.align.pixels(features) if self.align else None
+        return features, self.align.pixels(features.permute(0, 2, 3, 1)) if self.align else None
 
     def modulate_features(self, features, pixels, image_index, priors):
         """The text's part of decode -> the features that SAM's decoder sees, [M,C,H,W], and the dict of `explain`."""
@@ -400,6 +411,7 @@ class MedSegR(nn.Module):
         sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([tokens.expand(M, -1, -1), sparse.expand(M, -1, -1)], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)  # as the transformer reads it: a vector per pixel
         hs, src = decoder.transformer(x + dense, PE.expand(M, -1, -1, -1), tokens)
         up = decoder.output_upscaling(src.transpose(1, 2).view(x.shape))
         kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])

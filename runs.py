@@ -23,8 +23,9 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
-from common import InputError, write_atomically
+from common import InputError, make_folder, write_atomically
 from medsegr import Config, MedSegR
 
 COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "dense", "contrast", "lr", "images_per_s",
@@ -73,7 +74,7 @@ def load_checkpoint(path, **overrides):
         given = {k: v for k, v in overrides.items() if v is not None}
         config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **given})
         with safetensors.safe_open(path, "pt") as f:
-            weights = {k: f.get_tensor(k) for k in f.keys()}
+            weights = unpacked({k: f.get_tensor(k) for k in f.keys()})
             record = json.loads((f.metadata() or {}).get("record", "{}"))
     except InputError:
         raise
@@ -84,6 +85,8 @@ def load_checkpoint(path, **overrides):
                          f"({type(e).__name__}); train.py writes them") from None
     model = MedSegR(config)
     trained = model.trained()
+    for name in [n for n in weights if n in trained and n.startswith("perceptual.") and trained[n].dim() == 2]:
+        weights[name] = F.pad(weights[name], (0, trained[name].shape[1] - weights[name].shape[1]))
     wrong = [n for n in trained.keys() | weights.keys()
              if n not in trained or n not in weights or trained[n].shape != weights[n].shape]
     if wrong:
@@ -98,12 +101,42 @@ def load_checkpoint(path, **overrides):
     return model.eval(), record
 
 
+def ship(checkpoint, path, rank=16):
+    """A checkpoint -> PATH.safetensors and PATH.json in a quarter of the bytes, as weights/ holds them: float16, and of
+    the heads on flattened tokens the best approximation of this rank, up to the last token that any text reached in
+    training (all weights behind it are zero still). load_checkpoint reads both forms."""
+    model, record = load_checkpoint(checkpoint)
+    weights = {}
+    for name, p in model.trained().items():
+        if not (name.startswith("perceptual.") and p.dim() == 2):
+            weights[name] = p.detach().half().contiguous()
+            continue
+        width = model.clip.width
+        reached = p.detach().any(0).nonzero()
+        used = (int(reached.max()) // width + 1) * width if len(reached) else width
+        U, S, V = torch.linalg.svd(p.detach()[:, :used], full_matrices=False)
+        weights[f"{name}.left"] = (U * S.sqrt())[:, :rank].half().contiguous()
+        weights[f"{name}.right"] = (S.sqrt()[:, None] * V)[:rank].half().contiguous()
+    config = json.dumps(dict(config=asdict(model.config), sam_hash=model.sam_hash), indent=1)
+    make_folder(Path(path).parent)
+    write_atomically(path, safetensors.torch.save(weights, dict(record=json.dumps(record))))
+    write_atomically(Path(path).with_suffix(".json"), config.encode())
+
+
+def unpacked(weights):
+    """What `ship` wrote as float16 and as two factors -> float32 matrices."""
+    names = {n.removesuffix(".left") for n in weights if n.endswith(".left")}
+    weights = {n: w.float() for n, w in weights.items()}
+    return {n: w for n, w in weights.items() if not n.endswith((".left", ".right"))} | {
+        n: weights[f"{n}.left"] @ weights[f"{n}.right"] for n in names}
+
+
 def init_from(path, model):
     """Puts a checkpoint's parameters into a model as far as names and shapes agree, a start and not a continuation -> a
     line that says how many."""
     path = checkpoint_file(path, "--init")
     try:
-        weights = safetensors.torch.load_file(path)
+        weights = unpacked(safetensors.torch.load_file(path))
     except (OSError, safetensors.SafetensorError) as e:
         raise InputError(f"--init {path}: damaged, or not a checkpoint ({type(e).__name__}); train.py "
                          "writes them") from None

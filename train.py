@@ -103,12 +103,14 @@ def set_up(args, rank, world, device, signals):
     r.batches.last = max(step, r.steps)
     if step >= r.steps and r.progress["validated"]:
         return r.say(f"{r.out}: already trained for {step} steps; raise --epochs or --max-steps to go on")
-    r.objective = Objective(model, args.loss_weights, args.dense_loss, args.contrastive_loss)
+    r.objective = Objective(model, args.loss_weights, args.dense_loss, args.contrastive_loss, args.targets > 0,
+                            args.drop_words)
     if args.compile:
         model.modulate_features = torch.compile(model.modulate_features)
         model.decode_masks = torch.compile(model.decode_masks)
     if world > 1:
-        r.objective = DistributedDataParallel(r.objective, broadcast_buffers=False)
+        r.objective = DistributedDataParallel(r.objective, broadcast_buffers=False,
+                                              find_unused_parameters=not args.targets)
     if rank == 0:
         r.log = Log(r.out, step, r.progress["validated"])
         save_run(r.out, model, device, world, *r.about.values(), step)
@@ -322,7 +324,8 @@ def parse():
     add("--max-steps", type=positive_int, help="end, and let the rate decay, after this many steps")
     add("--batch-size", type=positive_int, default=12, help="images per process and step")
     add("--accumulate", type=positive_int, default=1, help="batches per step: memory for time, the same gradient")
-    add("--targets", type=positive_int, default=4, help="structures asked for per image")
+    add("--targets", type=number(0, 1000, int), default=4,
+        help="structures asked for per image; 0, with --align: none is decoded, the dense map alone learns")
     add("--absent", type=number(0, 1), default=0.1, help="how often an absent structure is asked for, without a prompt")
     add("--jitter", type=number(0, 0.5), default=0.1, help="move, scale and turn features by up to this much")
     add("--views", type=number(0, 1000, int), default=0, help="variations of each image, encoded and cached as it is")
@@ -335,6 +338,7 @@ def parse():
     add("--weight-decay", type=number(0, 10), default=0.1)
     add("--loss-weights", type=number(0, 1e6), nargs=3, default=(20.0, 1.0, 1.0), help="of focal, Dice and IoU")
     add("--contrastive-loss", type=number(0, 1e6), default=0.5, help="its weight, between the texts of structures")
+    add("--drop-words", type=number(0, 0.9), default=0.0, help="the share of the texts' tokens that a step leaves out")
     add("--dense-loss", type=number(0, 1e6), default=1.0, help="its weight, with --align")
     add("--adapter", action="store_true", help="beyond the paper: a U-Net on the frozen features (beyond.py)")
     add("--align", action="store_true", help="beyond the paper: dense alignment of pixels and texts (beyond.py)")

@@ -31,7 +31,7 @@ def test_a_targets_map_is_its_row_of_all_maps(B, M, size):
     torch.manual_seed(0)
     align, features = DenseAlignment(48, channels=24), torch.randn(B, 256, *size)
     T_attr, index = torch.randn(M, 48), torch.randint(0, B, (M,))
-    pixels = align.pixels(features)
+    pixels = align.pixels(features.permute(0, 2, 3, 1))
     every, own = align(pixels, T_attr), align.of_targets(pixels, index, T_attr)
     assert every.shape == (B, M, *size)
     torch.testing.assert_close(own, every[index, torch.arange(M)])
@@ -70,3 +70,17 @@ def test_several_wordings_and_explanations_see_the_adapted_features():
     effect = (filtered - plain).norm(dim=1) / plain.norm(dim=1)
     found = explain(model, image, alone, 0, [three]).texture_effect
     assert found.mean() == pytest.approx(float(effect.mean()), rel=0.05)
+
+
+def test_dropped_words():
+    """The same generator drops the same tokens, never a whole text, and nothing is dropped without one."""
+    torch.manual_seed(0)
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8)).eval()
+    texts = [dict(position=f"left of the spine {n}", texture="bright and even", shape="round") for n in range(9)]
+    T, valid, length, _ = model.text_tokens(texts)
+    draw = lambda seed, share: model.text_tokens(texts, drop=(share, torch.Generator().manual_seed(seed)))
+    (T1, valid1, *_), (T2, valid2, *_), (_, other, *_) = draw(1, 0.5), draw(1, 0.5), draw(2, 0.5)
+    assert torch.equal(valid1, valid2) and torch.equal(T1, T2) and not torch.equal(valid1, other)
+    assert (valid1 <= valid).all() and valid1.any(2).all() and 0.4 < valid1.sum() / valid.sum() < 0.8
+    assert torch.equal(T1[valid1], T[valid1]) and not T1[~valid1].any()
+    assert torch.equal(draw(1, 0.0)[1], valid)

@@ -207,8 +207,7 @@ def test_what_lies_behind_the_longest_text_is_not_computed():
     model = small()
     with torch.no_grad():
         T_attr = model.encode_attributes(TEXTS).T_attr
-        T, valid = (torch.stack([torch.stack([model.clip.tokens(text[a])[i] for a in ATTRIBUTES]) for text in TEXTS])
-                    for i in (0, 1))
+        T, valid, _, _ = model.text_tokens(TEXTS)
         assert valid.any((0, 1)).sum() < valid.shape[2]
         torch.testing.assert_close(T_attr, model.cognitive(T, valid))
 

@@ -26,6 +26,29 @@ def test_checkpoint_returns_what_was_saved(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_shipped_weights_are_small_and_give_the_same_answers(tmp_path):
+    """Heads whose weights have the rank that is kept lose nothing but float16's rounding."""
+    model = small().eval()
+    perturb(model)
+    with torch.no_grad():
+        for name, p in model.perceptual.named_parameters():
+            if p.dim() == 2:  # as after training: nothing behind the 30th token, and of low rank
+                p.copy_(0.1 * torch.randn(len(p), 4) @ torch.randn(4, p.shape[1]))
+                p[:, 30 * model.clip.width:] = 0
+    save_checkpoint(model, tmp_path / "out" / "best.safetensors", step=7)
+    runs.ship(tmp_path / "out", tmp_path / "weights" / "one.safetensors")
+    again, record = load_checkpoint(tmp_path / "weights" / "one.safetensors")
+    assert record == {"step": 7} and again.config == model.config
+    sizes = [(tmp_path / file).stat().st_size for file in ("out/best.safetensors", "weights/one.safetensors")]
+    assert sizes[1] < sizes[0] / 2
+    features = torch.randn(3, 256, 16, 16)
+    with torch.no_grad():
+        for a, b in zip(model(None, INDEX, FIVE, features=features), again(None, INDEX, FIVE, features=features)):
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(a.abs().max()))
+    start = small()
+    runs.init_from(tmp_path / "weights" / "one.safetensors", start)
+
+
 def test_checkpoints_of_one_folder_have_a_config_each(tmp_path):
     """As in weights/, where they are float16 too."""
     for name, priors in (("a", ("shape",)), ("b", ("texture",))):

@@ -335,6 +335,21 @@ def test_the_encoder_can_be_tuned(how, tmp_path):
     assert (share > 0.99) if how == "all" else (0 < share < 0.05)
 
 
+def test_the_dense_map_alone_learns_without_targets(tmp_path, cache_folder):
+    """--targets 0: what decodes masks stays as it was, to the last bit; and it starts another run."""
+    flags = ["--prompt", "none", "--cache", cache_folder, "--adapter", "--drop-words", "0.3"]
+    run_main([*flags, "--max-steps", "1", "--lr", "1e-12", "--out", tmp_path / "still"])
+    run_main([*flags, "--max-steps", "3", "--targets", "0", "--out", tmp_path / "dense"])
+    before, after = (load_file(tmp_path / out / "last.safetensors") for out in ("still", "dense"))
+    moved = {name.split(".")[0] for name in after if (after[name] - before[name]).abs().max() > 1e-6}
+    assert moved == {"adapter", "align", "cognitive"}
+    assert torch.equal(after["align.to_mask.weight"], torch.zeros_like(after["align.to_mask.weight"]))
+    rows = [r for r in read_log(tmp_path / "dense" / "log.csv") if "loss" in r]
+    assert rows and all(r["dense"] > 0 and r["dice"] == 0 for r in rows)
+    run_main([*flags, "--max-steps", "4", "--targets", "0", "--resume", "--out", tmp_path / "dense"])
+    run_main([*flags, "--max-steps", "2", "--init", tmp_path / "dense", "--out", tmp_path / "masks"])
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_trains(precision, tmp_path, cache_folder):
     run_main(["--max-steps", "2", "--precision", precision, "--cache", cache_folder, "--out", tmp_path])
