@@ -145,7 +145,7 @@ def figure6(evaluations, path, tables=None):
     fractions = {row: 100 * pd.Series(values, dtype=float) for row, values in rows.items() if values}
     points = pd.DataFrame([(label, e["points"], e["table"]["mean"]["dice_strict"]) for label, e in evaluations
                            if e["prompt"] == "point"], columns=["label", "n", "dice"]).astype({"dice": float})
-    points = points.sort_values(["label", "n"])
+    points = points.assign(dice=100 * points["dice"]).sort_values(["label", "n"])
     if not fractions and not len(points):
         raise InputError("nothing to draw: give evaluations with --prompt point, or --tables FILE, the tables.json "
                          "that eval.py --tables figure6 wrote")
@@ -157,13 +157,13 @@ def figure6(evaluations, path, tables=None):
     left.set(xlabel="share of the training data (n: seeds; bars: ± sd)", ylabel="mean Dice (strict), %", ylim=(0, 100))
     for style, (label, line) in zip(cycle(STYLES), points.groupby("label", sort=False)):
         right.plot(line["n"], line["dice"], **style, label=label)
-    right.set(xlabel="points per target", ylabel="mean Dice (strict)", ylim=(0, 1), xticks=points["n"].unique())
+    right.set(xlabel="points per target", ylabel="mean Dice (strict), %", ylim=(0, 100), xticks=points["n"].unique())
     figure.legend(loc="outside lower center", ncols=4)
     save(figure, path)
     paper = NUMBERS["figure6"]["fraction"]
     lines = [[f"{row} of the training data", show(v.mean()), f"± {show(v.std())}, seeds: {len(v)}",
               show(paper.get(row, np.nan))] for row, v in fractions.items()]
-    lines += [[f"{label}, points: {n}", show(100 * dice), "", "-"] for label, n, dice in points.itertuples(index=False)]
+    lines += [[f"{label}, points: {n}", show(dice), "", "-"] for label, n, dice in points.itertuples(index=False)]
     return markdown(["", "Dice", "", "paper*"], lines) + note(False)
 
 
