@@ -3,14 +3,15 @@
     python bench.py ops                              both operators, every shape, some twenty minutes on two cores
     python bench.py ops --grids 14 --targets 8       a first look
     python bench.py ops --device cuda --dtype bfloat16 --json ops.json
-    python bench.py data synapse --data DIR --peer DIR
-    python bench.py --help                           what else there is: model, train, eval, speed
+    python bench.py eval synapse --data DIR
+    python bench.py --help                           what else there is: model, train, data, speed
 
 Times are medians. What is compared takes turns within one loop, so that a machine that is busy for a while is busy for
 all of it; still, measure on an idle one. A ratio is the peer's time, or on a GPU its peak memory, over ours: above 1
 ours is better. "copy" is y.copy_(x) of the output's size; "of copy bw" is the rate at which ours moves what it must
 (inputs and outputs, once), over the copy's rate. The benchmarks themselves are in benches/.
 """
+import argparse
 import json
 import os
 import platform
@@ -24,10 +25,15 @@ import torch
 import ops
 from common import InputError, Parser, make_folder, positive_int, run, write_atomically
 
+
+def clone(folder):
+    if not (Path(folder) / "DataLoader.py").is_file():
+        raise argparse.ArgumentTypeError(f"{folder}: no DataLoader.py; clone github.com/OpenGVLab/SAM-Med2D there")
+    return folder
+
+
 N = dict(type=positive_int)
 DATA = {"dataset": {}, "--data": dict(help="folder of the data (default: data/<dataset>)")}
-PEER = {"--peer": dict(help="a clone of github.com/OpenGVLab/SAM-Med2D, with opencv-python-headless, albumentations "
-                            "and scikit-image installed")}
 COMMANDS = {  # command -> its function in benches/, what it measures, its flags
     "ops": ("operators.bench_ops", "both operators against plain PyTorch, torchvision, and a copy of their output", {
         "--grids": dict(**N, nargs="+", default=[14, 16, 32, 64], help="H = W"),
@@ -36,9 +42,11 @@ COMMANDS = {  # command -> its function in benches/, what it measures, its flags
         "--feature-grid": dict(**N, default=32, help="H = W")}),
     "train": ("training.bench_train", "a training step against the naive way, and SAM-Med2D's", {
         "--backbones": dict(nargs="+", default=["lite_medsam", "vit_b"]), "--batch-size": dict(**N, default=4),
-        "--targets": dict(**N, default=4, help="per image"), **PEER}),
+        "--targets": dict(**N, default=4, help="per image"),
+        "--peer": dict(type=clone, help="a clone of github.com/OpenGVLab/SAM-Med2D, with opencv-python-headless, "
+                                        "albumentations and scikit-image installed")}),
     "data": ("loading.bench_data", "loading images, one process and several workers", {
-        **DATA, "--image-size": dict(**N, default=256), "--images": dict(**N, default=256), **PEER}),
+        **DATA, "--image-size": dict(**N, default=256), "--images": dict(**N, default=256)}),
     "eval": ("scoring.bench_eval", "Dice and HD95 of whole volumes, against medpy", {
         **DATA, "--split": dict(default="test"), "--volumes": dict(**N, default=3)}),
     "speed": ("speed.bench_speed", "table 7: tuned parameters and images a second, beside plain SAM", {
