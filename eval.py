@@ -96,51 +96,45 @@ def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True, l
 def typical(scores):
     """score_table -> {"best case": its image, "median case": ..., "worst case": ...} by mean strict Dice of the cases;
     fewer where there are fewer cases with a Dice."""
-    dice = scores.groupby("image")["dice_strict"].mean().dropna().reset_index()  # an image stands for its case
-    ranked = dice.sort_values(["dice_strict", "image"], ascending=False)["image"].tolist()
-    chosen = sorted({0, len(ranked) // 2, len(ranked) - 1}) if ranked else ()
-    names = ("best case", "median case", "worst case") if len(chosen) == 3 else ("best case", "worst case")
-    return {name: ranked[i] for name, i in zip(names, chosen)}
+    dice = scores.groupby("image")["dice_strict"].mean().dropna()  # an image stands for its case
+    ranked = dice.sort_values(ascending=False, kind="stable").index.tolist()
+    if not ranked:
+        return {}
+    names = {ranked[len(ranked) // 2]: "median case"} | {ranked[-1]: "worst case"} | {ranked[0]: "best case"}
+    return {names[image]: image for image in ranked if image in names}
 
 
-def draw_typical(predictors, dataset, scores, path, title):
-    """A PNG of image, truth and each predictor's masks in the best, median and worst case of `scores`, which are those
-    of one of them, a row for each; nothing where none has a Dice. predictors: {name: Predictor}."""
+def draw_typical(predictor, dataset, scores, path, title):
+    """A PNG of image, truth and predicted masks in the best, median and worst case of `scores`; nothing where none has
+    a Dice."""
     pictures = []
     for note, row in typical(scores).items():
-        sample = next(iter(predictors.values())).prepare(dataset[row])  # all are asked with the same prompt
-        image, truth = original_image(sample), list(zip(sample.targets, sample.truth))
-        pictures += [(f"{note}: {sample.key}", image, []), ("truth", image, truth)]
-        for name, predictor in predictors.items():
-            found = predict(predictor, sample, dataset)
-            values = [value for value in (dice(a, b) for _, a, b in found) if value is not None]
-            pictures.append((f"{name}, Dice {np.mean(values):.2f}" if values else name, image,
-                             [(asked, a) for asked, a, _ in found if a.any()]))
+        sample = predictor.prepare(dataset[row])
+        image, found = original_image(sample), predict(predictor, sample, dataset)
+        values = [value for value in (dice(a, b) for _, a, b in found) if value is not None]
+        pictures += [(f"{note}: {sample.key}", image, []), ("truth", image, list(zip(sample.targets, sample.truth))),
+                     (f"Dice {np.mean(values):.2f}" if values else "nothing to find", image,
+                      [(name, a) for name, a, _ in found if a.any()])]
     if pictures:
-        plots.contact_sheet(pictures, path, title, 2 + len(predictors), inches=3)
+        plots.contact_sheet(pictures, path, title, columns=3, inches=3)
         print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def build_model(args, checkpoint, like=None):
-    """-> (model, the checkpoint's record); "sam": the untouched backbone, of the flags or of the Config `like`."""
-    own, given = ("backbone", "image_size", "normalize"), model_options(args)
-    if checkpoint == "sam":
+def build_model(args):
+    """-> (model, the checkpoint's record); --checkpoint sam: the untouched backbone, of the flags."""
+    given = model_options(args)
+    if args.checkpoint == "sam":
         if args.prompt == "none":
             raise InputError("sam --prompt none: without text and prompt SAM cannot know what is asked for; "
                              "give --prompt point or box")
-        given |= {k: getattr(like, k) for k in (*own, "sam_checkpoint")} if like else {}
         return MedSegR(Config(branches=("sam",), **given)).eval(), {}
-    for flag in own if args.checkpoint != "sam" else ():
+    for flag in ("backbone", "image_size", "normalize"):
         if flag in given:
             raise InputError(f"--{flag.replace('_', '-')}: a checkpoint has its own; leave it out, "
                              "or evaluate the untouched backbone with --checkpoint sam")
-    model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
-    if like and model.config.image_size != like.image_size:
-        raise InputError(f"--beside {checkpoint}: is for {model.config.image_size} pixels, --checkpoint for "
-                         f"{like.image_size}; give two of one size")
-    return model, record
+    return load_checkpoint(args.checkpoint or newest_checkpoint(), sam_checkpoint=args.sam_checkpoint, clip=args.clip)
 
 
 def parse():
@@ -159,7 +153,6 @@ def parse():
     add("--seed", type=int, default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")
     add("--plots", help="write overlays to this folder")
-    add("--beside", help="with --plots: a second checkpoint to draw, or sam")
     add_model_flags(parser)
     add_runtime_flags(parser)
     group = parser.add_argument_group("rows of tables 3 to 6 and figure 6 (paper/ablations.py)")
@@ -170,8 +163,6 @@ def parse():
     args = parser.parse_args()
     if args.mean_wordings and args.text != "own":
         raise InputError(f"--mean-wordings: is for a class's own texts, not for --text {args.text}; leave one out")
-    if args.beside and not args.plots:
-        raise InputError("--beside is drawn by --plots; give a folder with --plots")
     if args.train_flags and not args.tables:
         raise InputError(f"{args.train_flags[0]}: flags behind -- go to train.py, with --tables")
     return args
@@ -194,10 +185,10 @@ def main():
         return run_tables(args.tables, args.seeds, args.out, both, flags_of(
             args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
     rank, world, device = start_processes()
-    model, record = build_model(args, args.checkpoint or newest_checkpoint())
+    model, record = build_model(args)
     args.dataset = args.dataset or record.get("dataset") or "demo"
-    size = model.config.image_size
-    dataset = open_dataset(args.dataset, args.data, args.split, size, limit=args.limit, **dataset_options(args))
+    dataset = open_dataset(args.dataset, args.data, args.split, model.config.image_size, limit=args.limit,
+                           **dataset_options(args))
     texts = Texts(args.dataset, args.attributes_file, args.texts)
     texts.check(dataset.source.pairs)
     if args.largest_component and not dataset.volumes:
@@ -206,26 +197,21 @@ def main():
         texts = Rephrased(texts, args.text, dataset.source.pairs)
     for folder in (args.json and Path(args.json).parent, args.plots):
         make_folder(folder) if folder else None
-    beside = args.beside and build_model(args, args.beside, like=model.config)[0]
-
-    def predictor(model):
-        cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
-        return Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision,
-                         args.mean_wordings or 1)
-
-    ours = predictor(model)
-    if rank == 0:
-        print(model.describe())
-    about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split, prompt=args.prompt,
-                 points=args.points, text=args.text, attributes_file=args.attributes_file,
+    cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
+    predictor = Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision,
+                          args.mean_wordings or 1)
+    about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split,
+                 prompt=args.prompt, points=args.points, text=args.text, attributes_file=args.attributes_file,
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,
                  limit=args.limit, step=record.get("step"), precision=args.precision, model=model.describe(),
                  images=len(dataset))
     settings = about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
-    volumes, targets = evaluate(ours, dataset, journal, rank, world, largest_component=args.largest_component)
     if rank == 0:
-        show(args, about, ours, beside and predictor(beside), dataset, volumes, targets)
+        print(model.describe())
+    volumes, targets = evaluate(predictor, dataset, journal, rank, world, largest_component=args.largest_component)
+    if rank == 0:
+        show(args, about, predictor, dataset, volumes, targets)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -239,16 +225,16 @@ def columns(scores, dataset):
     return with_none(scores.assign(image=[dataset.key(i) for i in scores["image"]])).to_dict("list")
 
 
-def show(args, about, ours, beside, dataset, volumes, targets):
+def show(args, about, predictor, dataset, volumes, targets):
     """Prints the tables, writes the JSON and the pictures."""
     scores = volumes if dataset.volumes else targets
     table = summarise(scores, "target", args.seed)
     how = f"prompt: {args.prompt}" + (f", mean of up to {args.mean_wordings} wordings" if args.mean_wordings else "")
     print_table({c: table[c] for c in (*dataset.classes, "mean") if c in table},
                 how + ", largest component" * args.largest_component)
-    modalities = sorted(set(targets["modality"]))
-    by_modality = summarise(targets, "modality", args.seed) if len(modalities) > 1 else None
-    if by_modality:
+    several = targets["modality"].nunique() > 1
+    by_modality = summarise(targets, "modality", args.seed) if several else None
+    if several:
         print_table(by_modality, "by modality")
     if args.json:
         parts = about | dict(table=table, modalities=by_modality,
@@ -256,17 +242,12 @@ def show(args, about, ours, beside, dataset, volumes, targets):
                              targets=columns(targets, dataset))
         lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items())
         write_atomically(args.json, "{{\n{}\n}}\n".format(",\n".join(lines)).encode())
-    if args.plots:
-        named = {about["model"].split(" ")[1] if args.checkpoint == "sam" else "MedSeg-R": ours}
-        if beside:
-            named = {"SAM" if args.beside == "sam" else Path(args.beside).stem: beside} | named
-        for modality in modalities if by_modality else (None,):
-            part = scores if modality is None else scores[scores["modality"] == modality]
-            path = Path(args.plots) / f"{args.dataset}-{args.prompt}{'-' + modality if modality else ''}.png"
-            of = f"{part['case'].nunique()} {args.split} volumes" if dataset.volumes else \
-                f"{part['image'].nunique()} {args.split} images"
-            draw_typical(named, dataset, part, path, f"{args.dataset}{', ' + modality if modality else ''}: of {of}, "
-                         f"{how}" + ", before --largest-component" * args.largest_component)
+    for modality, part in scores.groupby("modality") if args.plots else ():
+        name = args.dataset + f", {modality}" * several
+        of = f"{part['case'].nunique()} {args.split} {'volumes' if dataset.volumes else 'cases'}"
+        draw_typical(predictor, dataset, part, Path(args.plots) / f"{args.dataset}-{args.prompt}"
+                     f"{f'-{modality}' * several}.png", f"{name}: of {of}, {how}"
+                     + ", before --largest-component" * args.largest_component)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import distance_transform_edt, find_objects
+from scipy.ndimage import binary_erosion, find_objects
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
@@ -43,37 +43,12 @@ def hd95(a, b, spacing=None):
     step = voxel_size(a, spacing)
     if not (a.any() and b.any()):
         return None
-    p, q = border(a), border(b)
-    distances = nearest(p, q, step, a.shape), nearest(q, p, step, a.shape)
-    return float(np.percentile(np.concatenate(distances), 95))
-
-
-def nearest(points, others, step, shape):
-    """Border voxels int [n,D] and [m,D] of a grid of this shape -> float64 [n], from each point to the nearest other.
-
-    Points that are others themselves are known at once. A tree takes 1 to 4 microseconds for each of the rest; the
-    distance transform takes 0.3 a voxel, and is cheaper where one side fills the grid with noise.
-    """
-    elsewhere = np.ones(shape, bool)
-    elsewhere[tuple(others.T)] = False
-    left = elsewhere[tuple(points.T)]
-    if 10 * left.sum() > elsewhere.size:
-        return distance_transform_edt(elsewhere, sampling=step)[tuple(points.T)]
-    distances = np.zeros(len(points))
+    # the voxels with a face to the outside; beyond the array is outside, as it is for medpy
+    p, q = (np.argwhere(mask ^ binary_erosion(mask)) * step for mask in (a, b))
     # balancing costs more than it gains on a grid, whose points are spread evenly
-    tree = cKDTree(others * step, balanced_tree=False, compact_nodes=False)
-    distances[left] = tree.query(points[left] * step)[0]
-    return distances
-
-
-def border(mask):
-    """int [n,D]: the voxels of a mask with a face to the outside. Beyond the array is outside, as it is for medpy."""
-    padded = np.pad(mask, 1)
-    core = padded.copy()
-    for axis in range(mask.ndim):
-        core &= np.roll(padded, 1, axis)
-        core &= np.roll(padded, -1, axis)
-    return np.argwhere(padded & ~core) - 1
+    trees = {"balanced_tree": False, "compact_nodes": False}
+    distances = cKDTree(q, **trees).query(p)[0], cKDTree(p, **trees).query(q)[0]
+    return float(np.percentile(np.concatenate(distances), 95))
 
 
 def voxel_size(mask, spacing):
@@ -138,19 +113,13 @@ def overlap_rate(masks, names=None):
     not count. An empty mask has no box, and the rate 0.
     """
     names = range(len(masks)) if names is None else names
-    boxes = [bounding_box(mask) for mask in masks]
+    boxes = [next(iter(find_objects(mask.view(np.uint8))), None) for mask in masks]
     covered = {name: np.zeros(masks.shape[1:], bool) for name in names}
     for name, box in zip(names, boxes):
         if box:
             covered[name][box] = True
     classes = sum(covered.values(), np.zeros(masks.shape[1:], np.uint16))  # how many cover each pixel
     return np.array([(classes[box] > 1).mean() if box else 0.0 for box in boxes])
-
-
-def bounding_box(mask):
-    """bool [H,W] -> a slice for each axis; None if the mask is empty."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if len(rows) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

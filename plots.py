@@ -1,5 +1,6 @@
 """Pictures: masks over images, as every script draws them. Readable by the colour-blind."""
 import textwrap
+from itertools import cycle
 
 import matplotlib
 
@@ -10,13 +11,16 @@ import numpy as np  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                     "legend.fontsize": 8})
 # Okabe and Ito's colours, told apart by the colour-blind, and two more
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff", "#999999", "#8c510a")
 
 
-def colours(names):
-    """{name: colour}, in the order of the names."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+def save(figure, path):
+    """A PNG at PATH, or in an open file."""
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
 
 
 def overlay(axis, image, masks=(), palette=None, title=None):
@@ -33,21 +37,12 @@ def overlay(axis, image, masks=(), palette=None, title=None):
         axis.set_title(title, fontsize=9)
 
 
-def legend(figure, palette, columns=4):
-    """Names the colours below the panels; tight_layout leaves room for it."""
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in palette.items()]
-    columns = min(columns, max(1, len(handles)))
-    figure.legend(handles=handles, loc="lower center", ncol=columns, frameon=False, fontsize=9)
-    rows = -(-len(handles) // columns)
-    figure.tight_layout(rect=(0, (0.25 * rows + 0.15) / figure.get_figheight(), 1, 1))
-
-
 def contact_sheet(pictures, path, title, columns=6, inches=2.4):
     """pictures: (title, image uint8 [H,W,3], [(class, bool [H,W])]) -> a PNG of all of them with their masks."""
-    palette = colours(name for _, _, masks in pictures for name, _ in masks)
+    palette = dict(zip(dict.fromkeys(name for _, _, masks in pictures for name, _ in masks), cycle(COLOURS)))
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=(
         inches * columns, (inches + 0.25) * rows + 0.8 + 0.07 * len(palette)))
     for axis in axes.flat:
         axis.axis("off")
@@ -55,32 +50,28 @@ def contact_sheet(pictures, path, title, columns=6, inches=2.4):
         overlay(axis, image, masks, palette, name if len(name) <= 38 else name[:18] + "…" + name[-19:])
         axis.title.set_fontsize(7)
     figure.suptitle(title, fontsize=11)
-    legend(figure, palette, columns)
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in palette.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+    save(figure, path)
 
 
 def curves(rows, path, title):
     """rows of log.csv as runs.read_log gives them -> a PNG: the loss and its parts, validation Dice, rate."""
     trained, checked = [r for r in rows if "loss" in r], [r for r in rows if "val_dice" in r]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     steps = [r["step"] for r in trained]
     for name, style, colour in (("loss", "-", "black"), ("focal", ":", COLOURS[5]), ("dice", "--", COLOURS[4]),
                                 ("iou", "-.", COLOURS[2])):
         factor, label = (20, "20 × focal") if name == "focal" else (1, name)
         left.plot(steps, [factor * r[name] for r in trained], style, color=colour, label=label, linewidth=1.2)
     left.set(xlabel="step", ylabel="loss, mean of some 10 steps", ylim=(0, None))
-    left.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     middle.plot([r["step"] for r in checked], [r["val_dice"] for r in checked], "o-", color=COLOURS[4], markersize=3)
     middle.set(xlabel="step", ylabel="validation Dice, pixels pooled", ylim=(0, 1))
     right.plot(steps, [r["lr"] for r in trained], color="black")
     right.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    for axis in (left, middle, right):
-        axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,10 +103,8 @@ def explanation(path, name, explained):
 
     def panel(title, shown=True):
         axis = next(places)
-        axis.set_xticks([]), axis.set_yticks([])
+        axis.axis("off")
         axis.set_title(textwrap.fill(title if shown else f"{title}: switched off in this model", 44), fontsize=9)
-        if not shown:
-            axis.axis("off")
         return axis
 
     def heat(part, title, values, low, high, over=True):
@@ -162,8 +151,7 @@ def explanation(path, name, explained):
     lines = "\n".join(textwrap.fill(f"{kind}: {text}", 190) for kind, text in explained.texts.items())
     figure.text(0.03, 0.965, lines, fontsize=9, va="top")
     figure.subplots_adjust(0.03, 0.02, 0.94, 0.86, wspace=0.22, hspace=0.28)
-    figure.savefig(path, dpi=100, format="png")
-    plt.close(figure)
+    save(figure, path)
 
 
 def sampling(axis, mask, explained):

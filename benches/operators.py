@@ -1,21 +1,20 @@
 """bench.py ops: both operators against the fastest composition of plain PyTorch, torchvision, and a copy."""
-import statistics
 from functools import partial
 from itertools import product
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
+from scipy.stats import gmean
 
 import ops
-from benches.timing import measure
+from benches.timing import measure, show
 from ops import reference
-
-MEMORY = 8 * 2 ** 30  # bytes: a composition that needs more is left out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dynamic_conv2d in plain PyTorch: four convolutions, x [M,C,H,W] and weight [M,k,k] -> [M,C,H,W]
+# dynamic_conv2d in plain PyTorch: two convolutions, x [M,C,H,W] and weight [M,k,k] -> [M,C,H,W]
 
 def grouped(x, weight, memory_format=torch.contiguous_format):
     """Every channel of every target is a group of its own, as in ops/reference.py."""
@@ -29,29 +28,12 @@ def transposed(x, weight):
     return F.conv2d(x.transpose(0, 1), weight[:, None], padding=weight.shape[-1] // 2, groups=len(x)).transpose(0, 1)
 
 
-def unfolded(x, weight):
-    """All k*k neighbours of every pixel side by side, then one product."""
-    columns = F.unfold(x.flatten(0, 1)[:, None], weight.shape[-1], padding=weight.shape[-1] // 2)  # [M*C,kk,HW]
-    return torch.einsum("mcnp,mn->mcp", columns.unflatten(0, x.shape[:2]), weight.flatten(1)).view(x.shape)
-
-
-def shifted(x, weight):
-    """The sum of k*k shifted images."""
-    (H, W), k = x.shape[-2:], weight.shape[-1]
-    padded = F.pad(x, [k // 2] * 4)
-    return sum(weight[:, i, j, None, None, None] * padded[..., i:i + H, j:j + W] for i in range(k) for j in range(k))
+CONV2D = {"grouped conv2d": grouped, "conv2d, targets as channels": transposed,
+          "grouped conv2d, channels_last": partial(grouped, memory_format=torch.channels_last)}
 
 
 def dynamic(x, weight, gate, index, conv):
     return conv(gate[:, None] * x[index], weight)
-
-
-# name -> function, and how many tensors of the output's size it holds at once: forward, forward + backward
-CONV2D = {"grouped conv2d": grouped, "conv2d, targets as channels": transposed,
-          "grouped conv2d, channels_last": partial(grouped, memory_format=torch.channels_last)}
-DYNAMIC = {n: (partial(dynamic, conv=f), 4, 8) for n, f in CONV2D.items()}
-DYNAMIC |= {"unfold + einsum": (partial(dynamic, conv=unfolded), 2 * 49, 4 * 49),
-            "sum of shifts": (partial(dynamic, conv=shifted), 5, 8)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,11 +63,6 @@ def grid_sampled(x, offset, weight):
     return y.to(x.dtype)
 
 
-def gathered(x, offset, weight):
-    """Four gathers per tap, as in ops/reference.py."""
-    return reference.deform_conv2d(x, precise(offset).expand(-1, -1, *x.shape[-2:]), weight).to(x.dtype)
-
-
 def folded_torchvision(x, offset, weight):
     """torchvision's operator, which has one kernel per channel and one offset per group: targets become groups."""
     C, H, W = x.shape[1:]
@@ -94,12 +71,8 @@ def folded_torchvision(x, offset, weight):
     return y.view(x.shape)
 
 
-PER_PIXEL = {"grid_sample per tap": (grid_sampled, 5, 14), "gather": (gathered, 6, 50)}
-SHARED = {n.replace("conv2d", "dense kernel"): (partial(dense, conv=f), 4, 8) for n, f in CONV2D.items()} | PER_PIXEL
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Inputs, and that all peers compute the same
+# Inputs and calls
 
 def dynamic_inputs(M, C, H, W, k=7, **kind):
     """The arguments of dynamic_conv2d: eight targets per image."""
@@ -114,13 +87,14 @@ def deform_inputs(M, C, H, W, k=3, shared=False, **kind):
     return dict(x=torch.rand(M, C, H, W, **kind) - 0.5, offset=offset, weight=torch.randn(M, k, k, **kind) / k)
 
 
-OPERATORS = (  # title, ours, inputs, compositions, torchvision's, sets of inputs whose gradients are taken
-    ("dynamic_conv2d, 7 x 7, gate and index", ops.dynamic_conv2d, dynamic_inputs, DYNAMIC, None,
-     ((), ("weight", "gate"), ("x", "weight", "gate"))),
-    ("deform_conv2d, 3 x 3, shared offsets", ops.deform_conv2d, partial(deform_inputs, shared=True), SHARED,
-     folded_torchvision, ((), ("x", "offset", "weight"))),
-    ("deform_conv2d, 3 x 3, offsets per pixel", ops.deform_conv2d, deform_inputs, PER_PIXEL, folded_torchvision,
-     ((), ("x", "offset", "weight"))))
+PER_PIXEL = {"grid_sample per tap": grid_sampled, "torchvision": folded_torchvision}
+DEFORM = ((), ("x", "offset", "weight"))
+OPERATORS = (  # title, ours, inputs, peers, sets of inputs whose gradients are taken
+    ("dynamic_conv2d, 7 x 7, gate and index", ops.dynamic_conv2d, dynamic_inputs,
+     {n: partial(dynamic, conv=f) for n, f in CONV2D.items()}, ((), ("weight", "gate"), ("x", "weight", "gate"))),
+    ("deform_conv2d, 3 x 3, shared offsets", ops.deform_conv2d, partial(deform_inputs, shared=True),
+     {n.replace("conv2d", "dense kernel"): partial(dense, conv=f) for n, f in CONV2D.items()} | PER_PIXEL, DEFORM),
+    ("deform_conv2d, 3 x 3, offsets per pixel", ops.deform_conv2d, deform_inputs, PER_PIXEL, DEFORM))
 
 
 def call(f, inputs, wanted, up):
@@ -133,94 +107,37 @@ def call(f, inputs, wanted, up):
     return forward if not wanted else lambda: torch.autograd.grad(f(*inputs.values()), [inputs[n] for n in wanted], up)
 
 
-def check(device, dtype):
-    """Every peer equals the definition in float64, ours in its own precision; ours is compiled here if need be."""
-    cast = lambda inputs, dtype: {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
-    torch.manual_seed(0)
-    for title, ours, make, compositions, peer, directions in OPERATORS:
-        exact = make(3, 4, 9, 7, dtype=torch.float64, device=device)
-        up, low = torch.randn(3, 4, 9, 7, device=device).to(dtype), cast(exact, dtype)
-        peers = {n: (f, exact, 1e-9) for n, (f, *_) in compositions.items()}
-        peers |= dict(torchvision=(peer, exact, 1e-9)) if peer else {}
-        peers |= dict(ours=(ours, low, max(1e-5, 8 * torch.finfo(dtype).eps)))
-        for wanted in directions:
-            for name, (f, inputs, tolerance) in peers.items():
-                truth = call(getattr(reference, ours.__name__), cast(inputs, torch.float64), wanted, up.double())()
-                for a, b in zip(call(f, inputs, wanted, up.to(inputs["x"].dtype))(), truth):
-                    error = float((a.double() - b).abs().max() / b.abs().max())
-                    if not error < tolerance:
-                        raise RuntimeError(f"{title}: {name} is wrong by {error:.1g} of the largest value")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables
 
-COLUMNS = "{:>4}{:>4}{:>10}{:>10}{:>10}{:>11}  {:<36}{:>10}{:>8}{:>8}{:>16}{:>8}".format
-HEADER = COLUMNS("grid", "M", "ours ms", "copy ms", "ours/copy", "of copy bw", "fastest composition", "ms", "ratio",
-                 "memory", "torchvision ms", "ratio")
-
-
 def bench_ops(args):
-    device, dtype, tables = torch.device(args.device), getattr(torch, args.dtype), []
-    check(device, dtype)
-    for title, ours, make, compositions, peer, directions in OPERATORS:
+    tables = {}
+    for title, ours, make, peers, directions in OPERATORS:
         for wanted in directions:
-            name, rows, pace = f"{title}, forward" + " + backward to " * bool(wanted) + ", ".join(wanted), [], {}
-            print(f"\n{name}\n" + HEADER)
-            for grid, M in product(args.grids or ((14, 32) if args.quick else (14, 16, 32, 64)),
-                                   args.targets or ((1, 8) if args.quick else (1, 8, 96))):
-                inputs = make(M, args.channels, grid, grid, dtype=dtype, device=device)
-                row = bench_shape(ours, inputs, compositions, peer, wanted, pace, args)
-                rows.append(dict(grid=grid, targets=M, **row))
-                print_row(rows[-1])
-            tables.append(dict(title=name, rows=rows, summary=summarise(rows)))
-    return dict(channels=args.channels, tables=tables)
+            rows = []
+            for grid, M in product(args.grids, args.targets):
+                inputs = make(M, args.channels, grid, grid, dtype=getattr(torch, args.dtype), device=args.device)
+                rows.append(dict(grid=grid, M=M) | bench_shape(ours, inputs, peers, wanted, args))
+            tables |= show(f"{title}, forward" + " + backward to " * bool(wanted) + ", ".join(wanted), rows)
+            ratios = pd.DataFrame(rows).filter(like="ratio")
+            means = ratios.apply(gmean, nan_policy="omit")
+            print(pd.DataFrame({"at least": ratios.min(), "geometric mean": means}).round(2))
+    return tables
 
 
-def bench_shape(ours, inputs, compositions, peer, wanted, pace, args):
-    """One row. `pace`, seconds per number of the output at a smaller shape, spares what would take too long."""
+def bench_shape(ours, inputs, peers, wanted, args):
+    """One row. "of copy bw": what has to move, inputs and output once; backward as much again, the output's gradient in
+    its place, and the gradients of the inputs."""
     y = ours(**inputs)
-    target, left_out, patience = torch.empty_like(y), {}, 2 if args.quick else 30
-    calls = dict(ours=call(ours, inputs, wanted, y), copy=lambda: target.copy_(y))
-    fastest = min((pace[n] for n in compositions if n in pace), default=0) * y.numel()
-    for name, (f, *tensors) in (compositions | (dict(torchvision=(peer, 0, 0)) if peer else {})).items():
-        need, t = tensors[bool(wanted)] * y.nbytes, pace.get(name, 0) * y.numel()
-        if need > MEMORY:
-            left_out[name] = f"would take about {need / 2 ** 30:.0f} GiB"
-        elif t > patience or name in compositions and t > max(patience / 20, 3 * fastest):
-            left_out[name] = f"would take about {t:.1f} s"
-        else:
-            calls[name] = call(f, inputs, wanted, y)
-    times, failed = measure(calls, args, compositions)
-    if y.numel() >= 2 ** 18:  # below that much of the time is overhead
-        pace.update({n: t["ms"] / 1000 / y.numel() for n, t in times.items()})
-    best = min((n for n in compositions if n in times), key=lambda n: times[n]["ms"], default=None)
-    ratio = lambda name, key="ms": times[name][key] / times["ours"][key] if key in times.get(name, {}) else None
-    # what has to move: inputs and output once; backward as much again, the output's gradient in its place, and the
-    # gradients of the inputs
+    target = torch.empty_like(y)
+    calls = {name: call(f, inputs, wanted, y) for name, f in dict(ours=ours, **peers).items()}
+    ms, peak = measure(calls | dict(copy=lambda: target.copy_(y)), args)
     moved = sum(t.nbytes for t in (*inputs.values(), y)) * (2 if wanted else 1) + sum(inputs[n].nbytes for n in wanted)
-    return dict(images=len(inputs["x"]), times=times, left_out=left_out | failed, best=best, best_ratio=ratio(best),
-                memory_ratio=ratio(best, "peak_mb"), torchvision_ratio=ratio("torchvision"),
-                ours_per_copy=1 / ratio("copy"), of_copy_bandwidth=moved / (2 * y.nbytes) * ratio("copy"))
-
-
-def print_row(row):
-    ms = {n: f"{t['ms']:.3f}" for n, t in row["times"].items()}
-    ratio = lambda key: "-" if row[key] is None else f"{row[key]:.2f}"
-    print(COLUMNS(row["grid"], row["targets"], ms["ours"], ms["copy"], ratio("ours_per_copy"),
-                  f"{row['of_copy_bandwidth']:.0%}", row["best"] or "-", ms.get(row["best"], "-"), ratio("best_ratio"),
-                  ratio("memory_ratio"), ms.get("torchvision", "-"), ratio("torchvision_ratio")), flush=True)
-    if row["left_out"]:
-        print(" " * 10 + "left out: " + "; ".join(f"{name}, {why}" for name, why in row["left_out"].items()))
-
-
-def summarise(rows):
-    """The smallest and the geometric mean of each ratio, over the rows that have it."""
-    summary = {}
-    for key, name in (("best_ratio", "fastest composition"), ("torchvision_ratio", "torchvision")):
-        if values := [r[key] for r in rows if r[key]]:
-            found = summary[key] = dict(
-                rows=len(values), min=min(values), geometric_mean=statistics.geometric_mean(values))
-            print("ratio to {}: at least {min:.2f}, geometric mean {geometric_mean:.2f}, {rows} shapes".format(
-                name, **found))
-    return summary
+    best = min(ms.keys() & peers.keys() - {"torchvision"}, key=ms.get)
+    row = {"ours ms": ms["ours"], "copy ms": ms["copy"], "of copy bw": moved / (2 * y.nbytes) * ms["copy"] / ms["ours"],
+           "composition": best, "ms": ms[best], "ratio": ms[best] / ms["ours"]}
+    if peak:
+        row["memory"] = peak[best] / peak["ours"]
+    if "torchvision" in ms:
+        row |= {"torchvision ms": ms["torchvision"], "its ratio": ms["torchvision"] / ms["ours"]}
+    return row

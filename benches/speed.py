@@ -4,7 +4,7 @@ import warnings
 import torch
 from segment_anything import sam_model_registry
 
-from benches.timing import measure
+from benches.timing import measure, show
 from common import LIGHT
 from inference import autocast
 from medsegr import Config, MedSegR
@@ -12,9 +12,18 @@ from paper.tables import NUMBERS
 from readers.synapse import ORGANS
 from texts import Texts
 
+RANDOM = dict(backbone="vit_b", sam_checkpoint="random")  # weights, as fast as SAM's
+ROWS = {  # None: SAM as its package has it
+    "SAM, ViT-B at 1024": None,
+    "SAM, ViT-B at 224": dict(**RANDOM, branches=("sam",)),
+    "MedSeg-R, ViT-B at 224, CLIP ViT-B/16": dict(**RANDOM, clip="ViT-B-16-quickgelu:random"),
+    "LiteMedSAM at 256": dict(backbone="lite_medsam", branches=("sam",)),
+    "MedSeg-R, LiteMedSAM at 256, MiniLM": LIGHT,
+}
+
 
 def plain_sam(device):
-    """SAM ViT-B as its package has it, at 1024 -> (function of a batch of boxes, all of its parameters in M)."""
+    """SAM ViT-B at 1024 -> (function of a batch of images and boxes, image size, all of its parameters in M)."""
     sam = sam_model_registry["vit_b"]().to(device).eval()
 
     def answer(images, boxes):
@@ -29,9 +38,9 @@ def plain_sam(device):
     return answer, 1024, sum(p.numel() for p in sam.parameters()) / 1e6
 
 
-def medsegr(device, **config):
-    """-> (function of a batch of images and boxes, image size, trained parameters in M). Texts as in real use: their
-    tokens are known, the trained stages are computed for every batch."""
+def medsegr(config, device):
+    """As plain_sam(), with the trained parameters. Texts as in real use: their tokens are known, the trained stages are
+    computed for every batch."""
     model = MedSegR(Config(**config)).to(device).eval()
     texts = [Texts("synapse")(name, "ct") for name in ORGANS]
 
@@ -43,41 +52,23 @@ def medsegr(device, **config):
     return answer, model.config.image_size, sum(p.numel() for p in model.trained().values()) / 1e6
 
 
-ROWS = {
-    "SAM, ViT-B at 1024": plain_sam,
-    "SAM, ViT-B at 224": lambda d: medsegr(d, backbone="vit_b", sam_checkpoint="random", branches=("sam",)),
-    "MedSeg-R, ViT-B at 224, CLIP ViT-B/16": lambda d: medsegr(d, backbone="vit_b", sam_checkpoint="random",
-                                                               clip="ViT-B-16-quickgelu:random"),
-    "LiteMedSAM at 256": lambda d: medsegr(d, backbone="lite_medsam", branches=("sam",)),
-    "MedSeg-R, LiteMedSAM at 256, MiniLM": lambda d: medsegr(d, **LIGHT),
-}
-
-
-COLUMNS = "{:<40}{:>10}{:>20}{:>8}{:>7}".format
-
-
 @torch.no_grad()
 def bench_speed(args):
-    """-> {row: tuned parameters in M, images a second by batch size}"""
-    device, record = torch.device(args.device), {}
-    print("", COLUMNS("", "tuned, M", "images/s, batch 1", "best", "batch"), sep="\n")
-    for name, make in ROWS.items():
+    device, rows = torch.device(args.device), []
+    for name, config in ROWS.items():
         with warnings.catch_warnings(action="ignore"):
-            answer, S, tuned = make(device)
-        rates = {}
+            answer, S, tuned = medsegr(config, device) if config else plain_sam(device)
+        row = {"": name, "tuned, M": tuned}
         for n in args.batches:
             images = torch.randint(0, 256, (n, 3, S, S), device=device).float()
             box = torch.tensor([[S / 4, S / 4, S / 2, S / 2]], device=device).expand(n, -1)
             with autocast(device, args.dtype):
-                times, _ = measure(dict(ours=lambda: answer(images, box)), args, slow=20)
-            rates[n] = n / times["ours"]["ms"] * 1000
-            if rates[n] < 0.9 * max(rates.values()) or n / rates[n] > 20:
-                break  # larger ones are slower still, or take too long
-        best = max(rates, key=rates.get)
-        record[name] = dict(tuned=tuned, images_per_s=rates)
-        print(COLUMNS(name, f"{tuned:.2f}", f"{rates[1]:.2f}" if 1 in rates else "-", f"{rates[best]:.2f}", best))
-    for name, (backbone, tuned, rate) in NUMBERS["table7"]["rows"].items():
-        print(COLUMNS(f"paper: {name}, {backbone}*", f"{tuned:.2f}", rate, "", ""))
-    print(f"* {NUMBERS['table7']['note']}: compare the ratios\n"
-          "Plain SAM: all of its parameters, or with a size of ours its decoder's")
-    return dict(rows=record)
+                ms, _ = measure(dict(ours=lambda: answer(images, box)), args, slow=20)
+            row[f"images/s, batch {n}"] = 1000 * n / ms["ours"]
+            if ms["ours"] > 20_000:
+                break  # larger ones take too long
+        rows.append(row)
+    tables = show("each image with one box; SAM at 1024: all of its parameters, at 224 its decoder's", rows)
+    paper = [{"": f"{name}, {backbone}", "tuned, M": tuned, "images/s": rate}
+             for name, (backbone, tuned, rate) in NUMBERS["table7"]["rows"].items()]
+    return tables | show(f"the paper, {NUMBERS['table7']['note']}: compare the ratios", paper)

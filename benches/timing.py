@@ -1,4 +1,4 @@
-"""Times of what takes turns, and the memory of what has a process of its own."""
+"""Times of what takes turns, tables of them, and the memory of what has a process of its own."""
 import re
 import statistics
 import time
@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 
@@ -20,14 +21,14 @@ def timed(f, n=1):
     return (time.perf_counter() - started) / n
 
 
-def measure(calls, args, rivals=(), slow=3):
-    """{name: function} -> {name: dict(ms, min_ms, max_ms, samples[, peak_mb])}, {name: why there is none}.
+def measure(calls, args, slow=1.0):
+    """{name: function} -> {name: median ms}, and on a GPU {name: MB at most}; peers that fail have neither.
 
-    A first round warms up and sorts out: what takes over `slow` seconds keeps its one time, and of the rivals only
-    those near the fastest go on. The rest takes turns of a millisecond or more (on a GPU ten), 3 times or more, for
-    most of a second. torch.utils.benchmark's turns of 15 ms and more measure, on a busy machine, the other programs.
+    A first call warms up; what takes over `slow` seconds keeps that one time. The rest takes turns of a millisecond or
+    more (on a GPU ten), 3 times or more, for most of a second. torch.utils.benchmark's turns of 15 ms and more measure,
+    on a busy machine, the other programs.
     """
-    times, failed, peak, cuda = {}, {}, {}, args.device == "cuda"
+    times, peak, cuda = {}, {}, args.device == "cuda"
     for name, f in calls.items():
         try:
             if cuda:
@@ -35,21 +36,26 @@ def measure(calls, args, rivals=(), slow=3):
                 torch.cuda.reset_peak_memory_stats()
             times[name] = [timed(f)]
             if cuda:
-                peak[name] = dict(peak_mb=(torch.cuda.max_memory_allocated() - held) / 2 ** 20)
-            if times[name][0] < 1:
-                times[name] = [timed(f, max(1, int(5e-3 / times[name][0])))]
+                peak[name] = (torch.cuda.max_memory_allocated() - held) / 2 ** 20
         except RuntimeError as e:  # no kernel for this dtype, or out of memory
             if name == "ours":
                 raise
-            failed[name] = " ".join(str(e).split())[:100]
-    near = 1.5 * min((times[n][0] for n in rivals if n in times), default=0)
-    turns = {n: [] for n, (t,) in times.items() if t <= (min(slow, near) if n in rivals else slow)}
-    lap = sum(max(times[n][0], 1e-3) for n in turns)
-    for _ in range(min(args.repeats, max(3, int((0.2 if args.quick else 0.7) / max(lap, 1e-3))))):
-        for name, found in turns.items():
-            found.append(timed(calls[name], max(1, int((1e-2 if cuda else 1e-3) / times[name][0]))))
-    return {name: dict(ms=1000 * statistics.median(t), min_ms=1000 * min(t), max_ms=1000 * max(t), samples=len(t),
-                       **peak.get(name, {})) for name, t in (times | turns).items()}, failed
+            print(f"{name}: {' '.join(str(e).split())[:100]}")
+    turns = {n: max(1, int((1e-2 if cuda else 1e-3) / timed(calls[n]))) for n, (t,) in times.items() if t <= slow}
+    times |= {name: [] for name in turns}
+    until = time.perf_counter() + 0.7
+    for lap in range(args.repeats):
+        if lap < 3 or time.perf_counter() < until:
+            for name, n in turns.items():
+                times[name].append(timed(calls[name], n))
+    return {name: 1000 * statistics.median(t) for name, t in times.items()}, peak
+
+
+def show(title, rows):
+    """Prints rows, a dict each, under a title -> {title: rows}, for the JSON file."""
+    table = pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format, na_rep="-")
+    print(f"\n{title}\n{table}", flush=True)
+    return {title: rows}
 
 
 def in_a_process(f, *args, **options):
@@ -58,11 +64,8 @@ def in_a_process(f, *args, **options):
         return pool.submit(f, *args, **options).result()
 
 
-def memory():
-    """MB of this process: now and at most; of the pages in memory, those no other process has, and those of them that
-    cannot be dropped and read again from a file."""
-    kb = {k: int(v) for path in ("status", "smaps_rollup")
-          for k, v in re.findall(r"^(\w+):\s*(\d+) kB", Path(f"/proc/self/{path}").read_text(), re.MULTILINE)}
-    return dict(rss=kb["Rss"] / 1e3, private=(kb["Private_Clean"] + kb["Private_Dirty"]) / 1e3,
-                dirty=kb["Private_Dirty"] / 1e3,
-                peak=kb["VmHWM"] / 1e3)  # getrusage's ru_maxrss would begin at that of the parent process
+def peak_mb(device):
+    """The most memory that this process held, in MB: of a GPU, or resident (getrusage would begin at the parent's)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3

@@ -11,13 +11,15 @@ import torch
 import encoders
 import medsegr
 import ops
-from benches.timing import in_a_process, measure, memory, timed
+from benches.timing import in_a_process, measure, peak_mb, show, timed
 from common import LIGHT, InputError
 from data import Batch
 from inference import autocast
 from losses import Objective, segmentation_loss
 from readers.synapse import ORGANS
 from texts import Texts
+
+TEXTS = [Texts("demo")(name, "ct") for name in ORGANS]
 
 
 def bench_model(args):
@@ -26,16 +28,15 @@ def bench_model(args):
     model = medsegr.MedSegR(medsegr.Config(**LIGHT, feature_grid=g)).to(device)
     for head in model.perceptual.children():  # untrained heads would give kernels that do nothing
         torch.nn.init.normal_(head.linear.weight)
-    S, attributes = model.config.image_size, Texts("demo")
-    texts = [attributes(name, "ct") for name in ORGANS]
+    S = model.config.image_size
     features, masks = torch.randn(4, 256, g, g, device=device), torch.rand(16, S, S, device=device) < 0.3
     index, first = torch.arange(16, device=device) // 4, torch.zeros(8, dtype=torch.int64, device=device)
-    priors = medsegr.Priors(*(p.detach() for p in model.encode_attributes(texts)))
+    priors = medsegr.Priors(*(p.detach() for p in model.encode_attributes(TEXTS)))
 
     def step():
         model.zero_grad(set_to_none=True)
         with autocast(device, args.dtype):
-            logits, iou = model(None, index, texts * 2, features=features)
+            logits, iou = model(None, index, TEXTS * 2, features=features)
         loss, _ = segmentation_loss(logits, iou, masks)
         loss.backward()
         return loss.detach()
@@ -49,60 +50,45 @@ def bench_model(args):
         with ops.reference_only():
             return f()
 
-    columns, record = "{:<39}{:>10}{:>14}{:>8}{:>20}{:>10}".format, dict(feature_grid=g)
-    print("", columns(f"{g} x {g} features", "ours ms", "reference ms", "ratio", "largest difference", "of"), sep="\n")
+    rows = []
     for name, f in {"training step, 4 images, 16 targets": step,
                     "decode, 1 image, 8 targets": partial(without_gradients, lambda *a: model.decode(*a)[0]),
                     "its part with both operators": partial(without_gradients, medsegr.modulate)}.items():
         ours, theirs = f().float(), plain(f).float()
-        times, _ = measure(dict(ours=f, reference=partial(plain, f)), args, slow=60)
-        ms = [times[n]["ms"] for n in ("ours", "reference")]
-        row = record[name] = dict(times=times, ratio=ms[1] / ms[0], difference=float((ours - theirs).abs().max()),
-                                  largest=float(theirs.abs().max()))
-        print(columns(name, *(f"{t:.2f}" for t in (*ms, row["ratio"])), f"{row['difference']:.1e}",
-                      f"{row['largest']:.3g}"), flush=True)
-    return record
+        ms, _ = measure(dict(ours=f, reference=partial(plain, f)), args, slow=60)
+        rows.append({"": name, "ours ms": ms["ours"], "reference ms": ms["reference"],
+                     "ratio": ms["reference"] / ms["ours"], "largest difference": float((ours - theirs).abs().max()),
+                     "of": float(theirs.abs().max())})
+    return show(f"{g} x {g} features", rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py train: each in a process of its own, one after the other
 
-COLUMNS = "{:<48}{:>10}{:>10}{:>8}{:>12}".format
-
-
 def bench_train(args):
-    record = {}
+    tables = {}
     for backbone in args.backbones:
         ours = partial(in_a_process, steps, args, backbone)
-        record[backbone] = show_steps(f"{backbone}, one round of prompts", args, {
+        tables |= show_steps(f"{backbone}, one round of prompts", args, {
             "naive: each target encoded, SAM's attention": partial(ours, cached=False, naive=True),
             "encoded in every step": partial(ours, cached=False), "cached features": ours})
     if args.peer:
-        size, ours = 256, partial(in_a_process, steps, args, "vit_b", size=256)
-        record["SAM-Med2D"] = show_steps(f"vit_b at {size} x {size}, nine rounds of prompts", args, {
-            "SAM-Med2D": partial(peer_steps, args, size),
+        ours = partial(in_a_process, steps, args, "vit_b", size=256)
+        tables |= show_steps("vit_b at 256 x 256, nine rounds of prompts", args, {
+            "SAM-Med2D": partial(peer_steps, args, 256),
             "encoded in every step": partial(ours, rounds=9, cached=False),
             "cached features": partial(ours, rounds=9), "cached features, one round": ours})
-    return record
+    return tables
 
 
-def repeats(args):
-    return min(args.repeats, 2 if args.quick else 7)
-
-
-def show_steps(title, args, rows):
-    """{name: function -> seconds of steps, MB} -> {name: what was measured}, printed; ratio: to the first's time."""
-    print(f"\n{title}, {args.batch_size} images with {args.targets} targets each",
-          COLUMNS("", "s a step", "images/s", "ratio", "memory, MB"), sep="\n")
-    done = {}
-    for name, measured in rows.items():
-        times, peak = measured()
-        s = statistics.median(times)
-        row = done[name] = dict(s=s, min_s=min(times), max_s=max(times), samples=len(times), peak_mb=peak,
-                                images_per_s=args.batch_size / s)
-        row["ratio"] = next(iter(done.values()))["s"] / s
-        print(COLUMNS(name, f"{s:.3f}", f"{row['images_per_s']:.2f}", f"{row['ratio']:.2f}", f"{peak:.0f}"), flush=True)
-    return done
+def show_steps(title, args, functions):
+    """{name: function -> seconds of steps, MB} -> {title: rows}; ratio: the first one's time over the row's."""
+    rows = []
+    for name, measured in functions.items():
+        times, memory = measured()
+        rows.append({"": name, "s a step": statistics.median(times), "memory, MB": memory})
+        rows[-1]["ratio"] = rows[0]["s a step"] / rows[-1]["s a step"]
+    return show(f"{title}, {args.batch_size} images with {args.targets} targets each", rows)
 
 
 def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
@@ -113,10 +99,10 @@ def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
     if naive:  # the packages' own attention stays in place of ours; this process does nothing else
         encoders.ViTAttention = encoders.WindowAttention = lambda attention: attention
     model = medsegr.MedSegR(medsegr.Config(backbone, weights, "minilm", image_size=size)).to(device)
-    S, texts, index = model.config.image_size, [Texts("demo")(name, "ct") for name in ORGANS], torch.arange(B * T) // T
+    S, index = model.config.image_size, torch.arange(B * T) // T
     boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]]).repeat(B * T, 1) * S
     batch = Batch(torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8), index, torch.zeros(B * T, S, S).bool(),
-                  [texts[m % len(texts)] for m in range(B * T)], [], boxes=boxes,
+                  [TEXTS[m % len(TEXTS)] for m in range(B * T)], [], boxes=boxes,
                   clicks=torch.rand(B * T, 8, 9)).to(device)
     batch.masks[:, int(0.3 * S):int(0.7 * S), int(0.2 * S):int(0.6 * S)] = True
     if naive:
@@ -140,8 +126,7 @@ def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
         optimizer.step()
 
     timed(step)
-    times = [timed(step) for _ in range(repeats(args))]
-    return times, torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else memory()["peak"]
+    return [timed(step) for _ in range(args.repeats)], peak_mb(device)
 
 
 # run in the folder of SAM-Med2D, whose modules have names that ours have too
@@ -186,11 +171,10 @@ print(json.dumps([times[1:], peak]))
 
 def peer_steps(args, size):
     """SAM-Med2D's own train_one_epoch on one batch, with its adapters and its nine optimiser steps."""
-    settings = json.dumps([args.batch_size, args.targets, size, args.device, repeats(args)])
+    settings = json.dumps([args.batch_size, args.targets, size, args.device, args.repeats])
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEER, settings], cwd=args.peer, text=True,
                           capture_output=True)
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"--peer {args.peer}: its training step failed ({why}); it needs opencv-python-headless, "
-                         "albumentations and scikit-image")
+        raise InputError(f"--peer {args.peer}: its training step failed ({done.stderr.strip()[-200:]}); it needs "
+                         "opencv-python-headless, albumentations and scikit-image")
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -31,8 +30,8 @@ class BuildError(RuntimeError):
 def load(kind):
     """kind "cpu" or "cuda": builds the extension if need be and loads it, so that torch.ops.medsegr has its kernels.
 
-    Processes that come while another one builds wait for it and share its library, or its failure. -> the library's
-    path. BuildError if it cannot be built.
+    Processes that come while another one builds wait for it and share its library. -> the library's path. BuildError if
+    it cannot be built.
     """
     flags, target = cpu_flags() if kind == "cpu" else cuda_flags()
     sources = sorted(HERE.glob("*.cpp" if kind == "cpu" else "*.cu"))
@@ -40,24 +39,17 @@ def load(kind):
              *(str(part).encode() for part in (flags, target, platform.python_version()))]
     digest = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     name = re.sub(r"\W", "_", f"medsegr_{kind}_torch{torch.__version__}_{digest}")
-    folder, started = build_root() / name, time.time()
-    library, failure = folder / f"{name}.so", folder / "failure.txt"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension().get_default_build_root()) / name
+    library = folder / f"{name}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not library.is_file():
-            with locked(folder / "lock"):
-                if failure.is_file() and failure.stat().st_mtime >= started:  # of the process that we waited for
-                    raise BuildError(failure.read_text())
-                if not library.is_file():
-                    compile_library(kind, sources, flags, library, failure)
+        with locked(folder / "lock") if not library.is_file() else contextlib.nullcontext():
+            if not library.is_file():
+                compile_library(kind, sources, flags, library)
         torch.ops.load_library(library)
     except OSError as e:
         raise BuildError(f"{folder}: {e}; delete it, or name another place with TORCH_EXTENSIONS_DIR") from None
     return library
-
-
-def build_root():
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension().get_default_build_root())
 
 
 def cpp_extension():
@@ -77,8 +69,8 @@ def locked(path):
         yield
 
 
-def compile_library(kind, sources, flags, library, failure):
-    """torch's own build, in a temporary folder; the library is then moved to its place. BuildError, also in FAILURE."""
+def compile_library(kind, sources, flags, library):
+    """torch's own build, in a temporary folder; the library is then moved to its place."""
     compiler, name, extension = os.environ.get("CXX", "c++"), library.stem, cpp_extension()
     if shutil.which(compiler) is None:
         raise BuildError(f"no C++ compiler ({compiler}) was found; install g++, or name one with CXX")
@@ -99,9 +91,8 @@ def compile_library(kind, sources, flags, library, failure):
         given = kind == "cuda" and os.environ.get("TORCH_CUDA_ARCH_LIST")
         remedy = f"correct TORCH_CUDA_ARCH_LIST={given}, or leave it out" if given else \
             "install a newer g++ (or, for CUDA, a toolkit as torch's)"
-        text = f"building {name} failed: {' '.join((line[0] if line else str(e)).split())[:300]}; {remedy}"
-        failure.write_text(text)
-        raise BuildError(text) from None
+        said = " ".join((line[0] if line else str(e)).split())[:300]
+        raise BuildError(f"building {name} failed: {said}; {remedy}") from None
 
 
 def cpu_flags():

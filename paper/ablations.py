@@ -115,9 +115,9 @@ def report(chosen, seeds, out):
     """Prints and writes the tables of what is there."""
     text, numbers = "", {}
     for table, rows in chosen.items():
-        files = {row: [out / folder_name(flags) / f"seed{seed}" / "eval.json" for seed in seeds]
+        found = {row: [json.loads(f.read_text()) for seed in seeds
+                       if (f := out / folder_name(flags) / f"seed{seed}" / "eval.json").is_file()]
                  for row, flags in rows.items()}
-        found = {row: [json.loads(f.read_text()) for f in each if f.is_file()] for row, each in files.items()}
         numbers[table] = {row: [e["table"]["mean"]["dice_strict"] for e in each] for row, each in found.items()}
         about = next((each[0] for each in found.values() if each), {})
         text += table_text(table, numbers[table], about) + "\n"

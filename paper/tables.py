@@ -57,15 +57,16 @@ def by_modality(targets):
     return dice.agg(["mean", "count"]).reindex(MODALITIES).fillna({"count": 0}).astype({"count": int})
 
 
-def beside_the_papers(head, rows, same, papers, label, ours):
-    """Markdown of our rows, the paper's, {method: numbers as printed}, and what `ours`, the numbers of `label`, differ
-    by from its MedSeg-R. same: on the same data, so that they compare."""
-    star = "" if same else "*"
-    rows = rows + [[f"paper: {name}{star}", *map("{:.2f}".format, values)] for name, values in papers.items()]
+def beside_the_papers(head, rows, same, papers):
+    """Markdown of our rows, {label: numbers or strings}, the paper's, {method: numbers}, and what the first of ours
+    differs by from its MedSeg-R. same: on the same data, so that they compare."""
+    star, (label, ours) = "" if same else "*", next(iter(rows.items()))
+    rows = rows | {f"paper: {name}{star}": values for name, values in papers.items()}
+    lines = [[name, *(v if isinstance(v, str) else show(v) for v in values)] for name, values in rows.items()]
     if papers:
         differences = np.array(ours, float) - papers["MedSeg-R"]
-        rows.append([f"{label} − paper's MedSeg-R{star}", *(show(v, "+.2f") for v in differences)])
-    return markdown(["", *head], rows) + note(same)
+        lines.append([f"{label} − paper's MedSeg-R{star}", *(show(v, "+.2f") for v in differences)])
+    return markdown(["", *head], lines) + note(same)
 
 
 def note(same):
@@ -80,14 +81,12 @@ def table1(evaluations):
         if not ours:
             continue
         same = all(e["dataset"] == "sa-med2d" and e["images"] >= SA_MED2D_IMAGES for *_, e in ours)
-        numbers = [100 * np.append(found["mean"], found["mean"].mean()) for _, found, _ in ours]
-        rows = [[label, *map(show, values)] for (label, *_), values in zip(ours, numbers)]
-        label, found, first = ours[0]
-        rows.append(["*masks*", *map(str, found["count"]), str(found["count"].sum())])
+        rows = {label: 100 * np.append(found["mean"], found["mean"].mean()) for label, found, _ in ours}
+        _, found, first = ours[0]
+        rows["*masks*"] = [str(n) for n in (*found["count"], found["count"].sum())]
         text += (f"**Table 1, prompt {prompt}**: Dice in percent, mean over the masks of {first['dataset']}, "
                  f"{first['split']} ({first['images']} images)\n\n"
-                 + beside_the_papers([*MODALITIES, "average"], rows, same, NUMBERS["table1"].get(prompt, {}), label,
-                                     numbers[0]) + "\n")
+                 + beside_the_papers([*MODALITIES, "average"], rows, same, NUMBERS["table1"].get(prompt, {})) + "\n")
     return text or "no evaluation with a prompt among the files\n"
 
 
@@ -95,54 +94,38 @@ def table2(evaluations):
     """Dice of the eight organs, their mean, HD95 in voxels."""
     if not evaluations:
         raise InputError("no evaluation to show; give LABEL=FILE, a file that eval.py --json wrote")
-    columns, rows, same = NUMBERS["table2"]["columns"][:-1], [], True
+    columns, rows, same = NUMBERS["table2"]["columns"][:-1], {}, True
     for label, e in evaluations:
         if e["dataset"] not in ("synapse", "demo"):
             raise InputError(f"{label}: of {e['dataset']}, but table 2 is of Synapse's organs")
         same &= e["dataset"] == "synapse" and set(e["volumes"]["case"].str[4:]) == set(TEST_CASES)
+        table = pd.DataFrame(e["table"], dtype=float)  # a column for each class and their mean; None: NaN
         for convention, suffix in (("", ""), (", strict", "_strict")):
-            rows.append([f"{label}, prompt {e['prompt']}{convention}", *map(show, organs_of(e, columns, suffix))])
-    label, first = evaluations[0]
-    return (f"**Table 2**: Dice in percent, HD95 in voxels, means over {first['volumes']['case'].nunique()} volumes; "
-            "TransUNet's convention and the strict one\n\n"
-            + beside_the_papers([*columns, "HD95"], rows, same, NUMBERS["table2"]["rows"], label,
-                                organs_of(first, columns, ""))
+            rows[f"{label}, prompt {e['prompt']}{convention}"] = np.append(
+                100 * table.loc[f"dice{suffix}"].reindex(columns), table.loc[f"hd95{suffix}", "mean"])
+    volumes = evaluations[0][1]["volumes"]["case"].nunique()
+    return (f"**Table 2**: Dice in percent, HD95 in voxels, means over {volumes} volumes; TransUNet's convention and "
+            "the strict one\n\n" + beside_the_papers([*columns, "HD95"], rows, same, NUMBERS["table2"]["rows"])
             + f"\nThe paper: {NUMBERS['table2']['note']}.\n")
-
-
-def organs_of(evaluation, columns, suffix):
-    """-> float64: the Dice of each of the columns in percent and the mean HD95, by the convention with this suffix; NaN
-    for what is not known."""
-    table = evaluation["table"]
-    dice = np.array([table.get(column, {}).get(f"dice{suffix}") for column in columns], float)
-    return np.append(100 * dice, np.array(table["mean"][f"hd95{suffix}"], float))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def parse(doc, functions, out, flags={}):
-    """The command line: a subcommand for each of the functions, with more flags {its name: {flag: help}} -> args, among
-    them `function` and the evaluations, read."""
+def parser_of(doc, functions, out):
+    """The command line of this file and of figures.py: which of the functions, evaluations to read, where to write."""
     parser = Parser(description=doc.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for function in functions:
-        command = commands.add_parser(function.__name__, help=function.__doc__)
-        command.set_defaults(function=function)
-        command.add_argument("evaluations", nargs="*", metavar="LABEL=FILE")
-        command.add_argument("--out", help=out)
-        for flag, meaning in flags.get(function.__name__, {}).items():
-            command.add_argument(flag, help=meaning)
-    args = parser.parse_args()
-    args.evaluations = read_evaluations(args.evaluations)
-    if args.out:
-        make_folder(Path(args.out).parent)
-    return args
+    parser.add_argument("what", choices=functions, help="; ".join(f"{k}: {f.__doc__}" for k, f in functions.items()))
+    parser.add_argument("evaluations", nargs="*", metavar="LABEL=FILE")
+    parser.add_argument("--out", help=out)
+    return parser
 
 
 def main():
-    args = parse(__doc__, (table1, table2), "a markdown file")
-    text = args.function(args.evaluations)
+    functions = dict(table1=table1, table2=table2)
+    args = parser_of(__doc__, functions, "a markdown file").parse_args()
+    text = functions[args.what](read_evaluations(args.evaluations))
     if args.out:
+        make_folder(Path(args.out).parent)
         write_atomically(args.out, text.encode())
     print(text)
 

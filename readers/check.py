@@ -28,36 +28,40 @@ class Records(torch.utils.data.Dataset):
         # strict: also what the reader would pass over in training
         for options in ({"strict": True}, {}) if source.name == "sa-med2d" else ({},):
             try:
-                picture = source.read(row, **options)
+                raw = source.read(row, **options)
                 break
             except InputError as e:
                 record["wrong"].append(str(e))
         else:
             return record
-        record |= dict(modality=picture.modality, size="{} x {}".format(*picture.image.shape))
-        pixels = np.ascontiguousarray(picture.image)
+        record |= dict(modality=raw.modality, size="{} x {}".format(*raw.image.shape))
+        pixels = np.ascontiguousarray(raw.image)
         if pixels.min() < pixels.max():
             record["digest"] = hashlib.blake2b(pixels, digest_size=8).digest()
-        elif len(picture.masks):
+        elif len(raw.masks):
             record["wrong"].append(f"{record['key']}: has masks, but all its pixels are equal; restore the image")
-        if len(picture.masks):
-            shared = (picture.masks & (picture.masks.sum(0) > 1)).any((1, 2))
-            record["targets"] = list(zip(picture.targets, picture.masks.mean((1, 2)).tolist(),
-                                         map(float, overlap_rate(picture.masks)), shared.tolist()))
+        if len(raw.masks):
+            shared = (raw.masks & (raw.masks.sum(0) > 1)).any((1, 2))
+            measured = raw.masks.mean((1, 2)), overlap_rate(raw.masks), shared
+            record["targets"] = list(zip(raw.targets, *(values.tolist() for values in measured)))
         return record
 
 
 def summary(images, targets):
-    """DataFrames of count() -> the numbers of these images and targets."""
-    areas = targets["area"]
-    return dict(images=len(images), cases=images["case"].nunique(), targets=len(areas),
-                area_quantiles=areas.quantile([0, 0.25, 0.5, 0.75, 1]).tolist() if len(areas) else None,
-                small=int((areas < SMALL).sum()), box_overlap=float(targets["rate"].mean()) if len(areas) else None,
-                sharing_pixels=int(targets["shared"].sum()), sizes=images["size"].value_counts().to_dict())
+    """DataFrames of count() -> the numbers of these images and targets; the same of each modality and each class."""
+    of = lambda images, own: dict(
+        images=len(images), cases=images["case"].nunique(), targets=len(own),
+        area_quantiles=own["area"].quantile([0, 0.25, 0.5, 0.75, 1]).tolist() if len(own) else None,
+        small=int((own["area"] < SMALL).sum()), box_overlap=float(own["rate"].mean()) if len(own) else None,
+        sharing_pixels=int(own["shared"].sum()), sizes=images["size"].value_counts().to_dict())
+    parts = {m: (part, targets[targets["modality"] == m]) for m, part in images.groupby("modality")}
+    return of(images, targets) | dict(
+        modalities={modality: of(*part) for modality, part in parts.items()},
+        classes={c: of(images.loc[own["image"].unique()], own) for c, own in targets.groupby("class")})
 
 
 def count(records, name, seen):
-    """The records of a split -> (its numbers, what is wrong, the rows that show it: the largest of each class, others).
+    """The records of a split -> (its numbers, what is wrong, up to 24 rows that show it: the largest of each class).
 
     seen: {digest: (split, key)} of all images so far, to find those on two sides of the split.
     """
@@ -73,26 +77,9 @@ def count(records, name, seen):
         targets += [(i, record["modality"], *target) for target in record["targets"]]
     images = pd.DataFrame(images, columns=["case", "modality", "size"])
     targets = pd.DataFrame(targets, columns=["image", "modality", "class", "area", "rate", "shared"])
-    modalities = {modality: summary(rows, targets[targets["modality"] == modality])
-                  for modality, rows in images.groupby("modality")}
-    classes = {c: summary(images.loc[rows["image"].unique()], rows) for c, rows in targets.groupby("class")}
-    largest = {c: rows["image"][rows["area"].idxmax()] for c, rows in targets.groupby("class")}
-    rare_first = sorted(largest, key=lambda c: classes[c]["images"])
-    others = targets["image"].unique()
-    spread = others[np.linspace(0, len(others) - 1, 24).astype(int)] if len(others) else []
-    rows = dict.fromkeys(map(int, [*(largest[c] for c in rare_first), *spread]))
-    return dict(**summary(images, targets), modalities=modalities, classes=classes), wrong, list(rows)[:24]
-
-
-def check_texts(texts, source):
-    """One line for every class of the data set that lacks a text."""
-    wrong = []
-    for pair in source.pairs:
-        try:
-            texts.check([pair])
-        except InputError as e:
-            wrong.append(str(e))
-    return wrong
+    each = max(1, 24 // max(1, targets["class"].nunique()))
+    largest = targets.sort_values("area").groupby("class").tail(each)["image"].unique()[:24].tolist()
+    return summary(images, targets), wrong, largest
 
 
 def stats(args, open_split, open_texts):
@@ -104,14 +91,21 @@ def stats(args, open_split, open_texts):
         if path:
             make_folder(Path(path).parent)
     wrong, splits, tiles, seen = [], {}, [], {}
-    for split in SPLITS:
+
+    def tried(f, *inputs):
         try:
-            dataset = open_split(split)
+            return f(*inputs)
         except InputError as e:
             wrong.append(str(e))
+
+    for split in SPLITS:
+        if (dataset := tried(open_split, split)) is None:
             continue
         if not splits:
-            wrong += [*getattr(dataset.source, "problems", ()), *check_texts(open_texts(), dataset.source)]
+            texts = open_texts()
+            wrong += getattr(dataset.source, "problems", ())
+            for pair in dataset.source.pairs:
+                tried(texts.check, [pair])
         loader = torch.utils.data.DataLoader(Records(dataset), batch_size=None, num_workers=args.workers)
         bar = tqdm(loader, f"reading {split}", unit="image", mininterval=1)
         splits[split], found, rows = count(bar, split, seen)
@@ -121,10 +115,11 @@ def stats(args, open_split, open_texts):
     wrong = list(dict.fromkeys(wrong))
     if not splits:
         raise InputError(wrong[0])
-    show(splits)
-    for line in wrong:
-        print(f"wrong: {line}")
-    print(f"{args.dataset}: {len(wrong) or 'nothing'} wrong")
+    for split, numbers in splits.items():
+        show(split, numbers)
+    print("\narea: of the image. small: below 5 % of it. box overlap: how much of a target's box lies in the boxes of\n"
+          "other targets, on average. sharing_pixels: targets that share pixels with another.")
+    print("\n".join(f"wrong: {line}" for line in wrong) + f"\n{args.dataset}: {len(wrong) or 'nothing'} wrong")
     if args.json:
         result = dict(dataset=args.dataset, splits=splits, wrong=wrong)
         write_atomically(args.json, json.dumps(result, indent=1).encode())
@@ -135,18 +130,11 @@ def stats(args, open_split, open_texts):
     return 1 if wrong else 0
 
 
-def show(splits):
-    """Prints the tables."""
-    percent = lambda x: "-" if x is None else f"{100 * x:.2f}"
-    head = (f"{'images':>8}{'cases':>8}{'targets':>9}{'median area %':>15}{'small':>8}"
-            f"{'box overlap %':>15}{'sharing':>9}")
-    for split, numbers in splits.items():
-        print(f"\n{split:<28}{head}")
-        for name, row in {"all": numbers, **numbers["modalities"], **numbers["classes"]}.items():
-            area = row["area_quantiles"] and row["area_quantiles"][2]
-            print(f"{name[:27]:<28}{row['images']:>8}{row['cases']:>8}{row['targets']:>9}{percent(area):>15}"
-                  f"{row['small']:>8}{percent(row['box_overlap']):>15}{row['sharing_pixels']:>9}")
-        sizes = [f"{size} ({n})" for size, n in numbers["sizes"].items()]
-        print("sizes, H x W: " + ", ".join(sizes[:6]) + (f", and {len(sizes) - 6} others" if len(sizes) > 6 else ""))
-    print("\narea: of the image. small: below 5 % of it. box overlap: how much of a target's box lies in the boxes of\n"
-          "other targets, on average. sharing: targets that share pixels with another.")
+def show(split, numbers):
+    """Prints the table of a split, a row for all, each modality and each class."""
+    table = pd.DataFrame({"all": numbers, **numbers["modalities"], **numbers["classes"]}).T
+    table["median area %"] = [100 * area[2] if area else np.nan for area in table["area_quantiles"]]
+    table["box overlap %"] = 100 * table["box_overlap"].astype(float)
+    columns = ["images", "cases", "targets", "median area %", "small", "box overlap %", "sharing_pixels"]
+    print(f"\n{split}\n" + table[columns].to_string(float_format="{:.2f}".format, na_rep="-"))
+    print("H x W:", ", ".join(f"{size} ({n})" for size, n in list(numbers["sizes"].items())[:6]))

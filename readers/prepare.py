@@ -8,7 +8,6 @@ the literature, and the last line says so.
 """
 import json
 import re
-import shutil
 from pathlib import Path
 
 import h5py
@@ -24,7 +23,6 @@ EIGHT = np.array([0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0], np.uint8)
 KIDNEYS = np.array([0, 1, 2], np.uint8)
 # the challenge has no other numbers; a copy that counts its cases from 1 to 30 would have other test cases
 NUMBERS = {f"{n:04d}" for n in (*range(1, 11), *range(21, 41))}
-KITS19_TRAIN = 210  # cases that the challenge published with a segmentation
 
 
 def prepare(name, raw, out):
@@ -98,18 +96,6 @@ def read_record(path):
     return read_json(path, "delete it") if path.is_file() else {}
 
 
-def missing(name, out, cases, todo, size):
-    """The cases `todo`, as a bar shows them; InputError now, not after an hour of work, if the disk cannot hold their
-    volumes at `size` bytes a voxel."""
-    make_folder(out)
-    need = size * sum(np.prod(cases[case][0].shape, dtype=float) for case in todo)
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise InputError(f"{out}: {need / 1e9:.1f} GB are needed, but {free / 1e9:.1f} GB are free; make room, or "
-                         "choose another place with --out")
-    return tqdm(todo, f"preparing {name}", total=len(cases), initial=len(cases) - len(todo), unit="case")
-
-
 def tilted(cases):
     """What the last line says of volumes that lie obliquely; below a degree it does not matter."""
     tilts = [image.tilt for image, _ in cases.values() if image.tilt > 1]
@@ -128,10 +114,10 @@ def synapse(raw, out):
     spacing = read_record(out / "spacing.json")
     todo = [case for case, (image, _) in cases.items()
             if spacing.get(case) != image.spacing or synapse_found(out, case) != synapse_files(out, case, image)]
-    bar = missing("synapse", out, cases, todo, 5)  # float32 and uint8
+    make_folder(out)
     spacing = {case: mm for case, mm in spacing.items() if case not in todo}
     record_synapse(out, spacing)
-    for case in bar:
+    for case in tqdm(todo, "preparing synapse", unit="case"):
         write_synapse(out, case, *cases[case])
         spacing[case] = cases[case][0].spacing
         record_synapse(out, spacing)
@@ -204,18 +190,15 @@ def synapse_summary(out, spacing, cases):
     """The last line: what lies in `out` and what to run next."""
     test = [case for case in spacing if case[4:] in TEST_CASES]
     slices, train = len(visible(out / "train_npz", "*.npz")), len(spacing) - len(test)
-    line = f"{out}: {train} case(s) to train on, {slices} slices, and {len(test)} of the {len(TEST_CASES)} test cases"
-    line += tilted(cases)
+    line = (f"{out}: {train} case(s) to train on, {slices} slices, and {len(test)} of the {len(TEST_CASES)} test cases"
+            + tilted(cases))
     others = sorted({case[4:] for case in spacing} - NUMBERS)
     if others:
         line += (f"; {others[0]} is not a number of the challenge's (0001-0010, 0021-0040): if this copy counts its "
                  "cases anew, give them their own numbers, or test cases are trained on")
     if len(test) < len(TEST_CASES):
         line += "; without all test cases results do not compare with published ones"
-    if train > 1:
-        return f"{line}; next: python train.py --dataset synapse --data {out}"
-    line += "; training needs two or more other cases"
-    return f"{line}; next: python eval.py --dataset synapse --data {out}" if test else line
+    return f"{line}; next: python train.py --dataset synapse --data {out}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,14 +209,12 @@ def kits19(raw, out):
     pairs, skipped = kits19_pairs(raw)
     cases = {case: read_pair(*paths) for case, paths in pairs.items()}
     todo = [case for case, (image, _) in cases.items() if not kits19_complete(out / case, image)]
-    for case in missing("kits19", out, cases, todo, 2):
+    make_folder(out)
+    for case in tqdm(todo, "preparing kits19", unit="case"):
         write_kits19(out / case, *cases[case])
-    count = len(list(out.glob("case_*/case.json")))
-    line = f"{out}: {count} case(s)" + tilted(cases)
-    if count < 3:
-        line += "; training, validation and test need at least three"
+    line = f"{out}: {len(list(out.glob('case_*/case.json')))} case(s)" + tilted(cases)
     if skipped:
-        line += f"; {skipped} without a segmentation, the challenge's test cases, were skipped"
+        line += f"; {skipped} without a segmentation, as the challenge's test cases from 210 on are, were skipped"
     return f"{line}; next: python train.py --dataset kits19 --data {out}"
 
 
@@ -248,9 +229,6 @@ def kits19_pairs(raw):
         elif label:
             raise InputError(f"{folder / 'imaging.nii.gz'}: missing, but {label.name} is there; fetch the images with "
                              "the challenge's starter_code/get_imaging.py")
-        elif image and folder.name < f"case_{KITS19_TRAIN:05d}":
-            raise InputError(f"{folder / 'segmentation.nii.gz'}: missing, but {image.name} is there, and cases below "
-                             f"{KITS19_TRAIN} have one; take it from the challenge's repository")
         else:
             skipped += image is not None
     if not pairs:

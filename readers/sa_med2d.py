@@ -10,7 +10,6 @@ of a split together and in the JSON's order:
 
 The metadata of its schema hold `groups`, `suffixes`, the rows of each split, and what is wrong with the JSON files.
 """
-import functools
 import json
 import re
 import sys
@@ -61,15 +60,19 @@ class SAMed2D:
     name, volumes = "sa-med2d", False
 
     def __init__(self, root, split):
-        self.root, self.split = Path(root), split
-        self.stamp = stamp(self.root)
-        self.open(load(self.root, self.stamp) or build(self.root, self.stamp))
+        root = Path(root)
+        now = stamp(root)
+        if load(root, now) is None:
+            build(root, now)
+        self.open(root, split, now)
 
-    def open(self, index):
-        if index is None:
-            raise InputError(f"{self.root / INDEX}: was changed, deleted or damaged while in use; start again")
+    def open(self, root, split, stamp):
+        """In another process the same index or none, since rows are counted in it."""
+        self.root, self.split, self.stamp = root, split, stamp
+        if (index := load(root, stamp)) is None:
+            raise InputError(f"{root / INDEX}: was changed, deleted or damaged while in use; start again")
         tables, rows = index
-        rows = rows.slice(*tables["splits"][self.split])
+        rows = rows.slice(*tables["splits"][split])
         self.names, self.group_numbers, self.mask_numbers = rows.columns
         self.groups, self.suffixes = tables["groups"], tables["suffixes"]
         self.problems, self.left_out = tables["problems"], tables["left_out"]
@@ -77,16 +80,14 @@ class SAMed2D:
         self.pairs = sorted({(c, modality) for _, modality, classes in self.groups for c in classes})
         self.classes = tuple(sorted({c for c, _ in self.pairs}))
         if not len(rows):
-            raise InputError(f"{self.root}: its JSON files leave no image for {self.split}; "
+            raise InputError(f"{root}: its JSON files leave no image for {split}; "
                              + (f"the first problem of them: {self.problems[0]}" if self.problems else "add cases"))
 
     def __getstate__(self):
-        return dict(root=self.root, split=self.split, stamp=self.stamp)
+        return self.root, self.split, self.stamp
 
     def __setstate__(self, state):
-        """In another process: the same index or none, since rows are counted in it."""
-        self.__dict__.update(state)
-        self.open(load(self.root, self.stamp))
+        self.open(*state)
 
     def __len__(self):
         return len(self.names)
@@ -141,18 +142,14 @@ class SAMed2D:
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
-@functools.lru_cache(4096)
-def modality_of(prefix):
-    """One of MODALITIES, or None."""
-    return next((name for start, name in PREFIXES.items() if prefix.startswith(start)), None)
-
-
 def describe(stem):
-    """An image's stem -> source, case, modality; outside SA-Med2D-20M "", the stem less its number, "unknown"."""
+    """An image's stem -> source, case, modality, which is None where it is not one of MODALITIES; outside SA-Med2D-20M
+    "", the stem less its number, "unknown"."""
     parts = stem.split("--")
     if len(parts) < 4 or not all(parts):
         return "", re.sub(r"_\d+$", "", stem) or stem, "unknown"
-    return parts[1], "--".join(parts[1:-1]), modality_of(parts[0])
+    modality = next((name for start, name in PREFIXES.items() if stem.startswith(start)), None)
+    return parts[1], "--".join(parts[1:-1]), modality
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,15 +159,13 @@ def stamp(root):
     """What the index depends on, as it lies in the index: [VERSION, [name, bytes, mtime in ns] of each JSON file]."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds images/ and masks/ with --data DIR")
-    names = [name for name in (ORIGINAL, TEST, TRAIN) if (root / name).is_file()]
-    if not names:
+    names = [name for name in (ORIGINAL, TEST, TRAIN, CLASS_IDS) if (root / name).is_file()]
+    if not {ORIGINAL, TEST, TRAIN} & set(names):
         raise InputError(f"{root}: holds neither {ORIGINAL} nor {TRAIN} or {TEST}; is it the folder with images/ and "
                          "masks/?")
-    if ORIGINAL in names and len(names) > 1:
-        raise InputError(f"{root}: holds {names[0]} and {names[1]}, two ways to split it; move one of them away")
-    if ORIGINAL in names and not (root / CLASS_IDS).is_file():
-        raise InputError(f"{root / CLASS_IDS}: missing; it comes with {ORIGINAL} and says which class has which id")
-    names += [CLASS_IDS] if (root / CLASS_IDS).is_file() else []
+    if ORIGINAL in names and names != [ORIGINAL, CLASS_IDS]:
+        raise InputError(f"{root}: {ORIGINAL} needs {CLASS_IDS} beside it, which says which class has which id, and "
+                         f"no other way to split it, as {TRAIN} and {TEST} are")
     status = [(root / name).stat() for name in names]
     return [VERSION, *([name, s.st_size, s.st_mtime_ns] for name, s in zip(names, status))]
 
@@ -186,12 +181,11 @@ def load(root, stamp):
 
 
 def build(root, stamp):
-    """load()'s answer, from an index that this process builds, or another one meanwhile."""
+    """Writes the index, unless another process does meanwhile."""
     try:
         with locked(root / "index.lock"):
             if load(root, stamp) is None:
                 Indexer(root, stamp).build()
-            return load(root, stamp)
     except OSError as e:
         raise InputError(f"{root / INDEX}: cannot be written ({e.strerror}); make room, let this user write to "
                          f"{root} for once, or put links to its files into a folder of your own") from None
@@ -235,11 +229,7 @@ class Indexer:
         self.cases, self.sources = {}, defaultdict(list)  # case -> number, source -> cases that are yet to be split
         self.held = 0  # the first so many cases are TEST's, and TRAIN may not have them
         self.batches, self.seen = [], set()  # (rows, their cases' numbers); hashes of the images' stems
-        self.clear()
-
-    def clear(self):
-        """Columns of plain numbers: a list for each image would keep Python's garbage collector busy."""
-        self.names, self.group, self.case, self.masks, self.mask_at = [], [], [], [], [0]
+        self.rows, self.row_cases = [], []  # of the next batch
 
     def problem(self, text):
         self.count += 1
@@ -250,9 +240,10 @@ class Indexer:
         """Reads everything and writes the index."""
         self.path = self.root / CLASS_IDS
         self.ids = self.read_class_ids() if CLASS_IDS in self.files else {}
-        for name in (name for name in self.files if name != CLASS_IDS):  # TEST before TRAIN
+        for name in self.files:  # TEST before TRAIN
             self.path, self.leading = self.root / name, name != ORIGINAL
-            self.read()
+            if name != CLASS_IDS:
+                self.read(test=name == TEST)
             if name == TEST:
                 self.held = len(self.cases)
                 self.sources.clear()
@@ -270,13 +261,11 @@ class Indexer:
             if not re.fullmatch(r"[0-9]{1,9}", str(number)) or not class_name(name):
                 self.problem(f"{quoted(name)} has the id {quoted(number)}; give a name an id like \"0001\"")
             elif ids.setdefault(int(number), class_name(name)) != class_name(name):
-                self.problem(f"{quoted(ids[int(number)])} and {quoted(name)} have the same id, {number}; the first one "
-                             "is taken, correct the other")
+                self.problem(f"{quoted(name)} has the id {number} of {quoted(ids[int(number)])}; correct one of them")
         return ids
 
-    def read(self):
-        """The JSON file at self.path."""
-        test = self.path.name == TEST
+    def read(self, test):
+        """The JSON file at self.path; test: it is TEST."""
         kind, form = (str, "{mask: image}") if test else (list, "{image: [masks]}")
         images = defaultdict(list)  # TEST's, {image: [masks]}: for that the whole file has to be read
         for key, value in entries(self.path):
@@ -309,15 +298,12 @@ class Indexer:
             if case not in self.cases:
                 self.cases[case] = len(self.cases)
                 self.sources[source].append(case)
-            numbers = self.number_masks(masks, stem)
+            numbers = list(dict.fromkeys(self.number_mask(mask, stem) for mask in masks))  # each once
             group, found = self.groups.setdefault((source, modality), (len(self.groups), set()))
             found.update(numbers)
-            self.names.append(name)
-            self.group.append(group)
-            self.case.append(self.cases[case])
-            self.masks.extend(numbers)
-            self.mask_at.append(len(self.masks))
-            if len(self.names) == CHUNK:
+            self.rows.append(dict(name=name, group=group, masks=numbers))
+            self.row_cases.append(self.cases[case])
+            if len(self.rows) == CHUNK:
                 self.pack()
 
     def inner(self, path, kind):
@@ -325,20 +311,10 @@ class Indexer:
         return path[path.rfind(f"/{kind}/") + 1:] if self.leading else path
 
     def pack(self):
-        """The columns so far become a batch."""
-        masks = pa.ListArray.from_arrays(pa.array(self.mask_at, pa.int32()), pa.array(self.masks, pa.uint32()))
-        rows = pa.record_batch([self.names, pa.array(self.group, pa.uint32()), masks], schema=COLUMNS)
-        self.batches.append((rows, np.array(self.case, np.uint32)))
-        self.clear()
-
-    def number_masks(self, masks, stem):
-        """The names of an image's masks -> the numbers of their suffixes, each once."""
-        numbers = [self.number_mask(mask, stem) for mask in masks]
-        once = list(dict.fromkeys(numbers))
-        if len(once) < len(numbers):
-            for number in (n for n, count in Counter(numbers).items() if count > 1 and n != LEFT_OUT):
-                self.problem(f"{quoted(stem)} has its mask {quoted(self.suffixes[number][0])} twice; take one out")
-        return once
+        """The rows so far become a batch."""
+        batch = pa.RecordBatch.from_pylist(self.rows, schema=COLUMNS)
+        self.batches.append((batch, np.array(self.row_cases, np.uint32)))
+        self.rows, self.row_cases = [], []
 
     def number_mask(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
@@ -382,6 +358,5 @@ class Indexer:
             for n in range(len(SPLITS)):
                 for rows, place in batches:
                     writer.write(rows.filter(pa.array(place == n)))
-        masks = sum(len(rows["masks"].flatten()) for rows, _ in batches)
-        print(f"{self.root}: indexed {sum(lengths)} images with {masks} masks, {self.count} problems"
+        print(f"{self.root}: indexed {sum(lengths)} images, {self.count} problems"
               + "".join(f"; left out: {n} images of {sub}" for sub, n in self.left_out.items()), file=sys.stderr)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import bench
-from benches import operators
 import medsegr
-from conftest import ROOT
+from benches import operators, timing
 from common import InputError
+from conftest import ROOT
 from ops import reference
 
 
@@ -27,9 +27,8 @@ def one_thread(monkeypatch):
 
 
 def peers():
-    for title, ours, make, compositions, torchvisions, directions in operators.OPERATORS:
-        named = {n: f for n, (f, *_) in compositions.items()} | ({"torchvision": torchvisions} if torchvisions else {})
-        for name, f in named.items():
+    for title, ours, make, functions, directions in operators.OPERATORS:
+        for name, f in functions.items():
             yield pytest.param(getattr(reference, ours.__name__), make, f, directions[-1], id=f"{title}: {name}")
 
 
@@ -47,93 +46,71 @@ def test_peers_equal_the_definition(definition, make, f, wanted, seed):
     torch.testing.assert_close(operators.call(f, inputs, wanted, up)(), truth)
 
 
-def test_a_wrong_peer_is_not_timed(monkeypatch):
-    title, ours, make, compositions, *rest = operators.OPERATORS[0]
-    wrong = {"half": (lambda x, weight, gate, index: 0.5 * reference.dynamic_conv2d(x, weight, gate, index), 4, 8)}
-    monkeypatch.setattr(operators, "OPERATORS", [(title, ours, make, wrong, *rest)])
-    with pytest.raises(RuntimeError, match="half is wrong"):
-        operators.check(torch.device("cpu"), torch.float32)
-
-
 def script(*args):
     return subprocess.run([sys.executable, "-W", "ignore", "bench.py", *map(str, args)], cwd=ROOT, text=True,
                           capture_output=True)
 
 
 def test_ops_in_a_process_of_its_own(tmp_path):
-    run = script("ops", "--quick", "--grids", 4, "--targets", 1, 9, "--channels", 8, "--repeats", 3, "--device", "cpu",
+    run = script("ops", "--grids", 4, "--targets", 1, 9, "--channels", 8, "--repeats", 3, "--device", "cpu",
                  "--json", tmp_path / "ops.json")
     assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / "ops.json").read_text())
-    assert record["ours"] in run.stdout and len(record["tables"]) == 7
-    for table in record["tables"]:
-        assert table["title"] in run.stdout and [row["targets"] for row in table["rows"]] == [1, 9]
-        for row in table["rows"]:
-            assert row["times"].keys() >= {"ours", "copy", row["best"]}
-            ratios = [row["best_ratio"], row["ours_per_copy"], row["of_copy_bandwidth"]]
-            ratios += [row["torchvision_ratio"]] if "deform" in table["title"] else []
-            assert all(math.isfinite(r) and r > 0 for r in ratios)
-            fastest = min(t["ms"] for n, t in row["times"].items() if n not in ("ours", "copy", "torchvision"))
-            assert row["best_ratio"] == pytest.approx(fastest / row["times"]["ours"]["ms"])
-        least = min(row["best_ratio"] for row in table["rows"])
-        assert table["summary"]["best_ratio"]["min"] == least <= table["summary"]["best_ratio"]["geometric_mean"]
+    assert record["operators"] in run.stdout and len(record["tables"]) == 7
+    for title, rows in record["tables"].items():
+        assert title in run.stdout and [row["M"] for row in rows] == [1, 9]
+        for row in rows:
+            assert ("its ratio" in row) == ("deform" in title)
+            assert all(math.isfinite(row[key]) and row[key] > 0 for key in row if key != "composition")
+            assert row["ratio"] == pytest.approx(row["ms"] / row["ours ms"])
 
 
-def test_what_would_take_too_much_is_left_out(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "ops", "--quick", "--device", "cpu", "--repeats", "1"])
-    monkeypatch.setattr(operators, "MEMORY", 20_000)
-    args, (_, ours, make, compositions, peer, _) = bench.parse(), operators.OPERATORS[-1]
-    inputs = make(2, 4, 5, 5, dtype=torch.float32, device="cpu")  # 800 bytes
-    row = operators.bench_shape(ours, inputs, compositions, peer, ("x",), {"torchvision": 1.0}, args)
-    assert "GiB" in row["left_out"].pop("gather") and "200.0 s" in row["left_out"].pop("torchvision")
-    assert not row["left_out"] and row["torchvision_ratio"] is None
+def test_what_fails_or_is_slow(monkeypatch, capsys):
+    """A peer that fails is named and has no time, ours may not; what is slow keeps its first time."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", "ops", "--device", "cpu", "--repeats", "1"])
+    args, calls = bench.parse(), {"quick": 0, "slow": 0}
+
+    def fail():
+        raise RuntimeError("no kernel\nfor this")
+
+    count = lambda name: calls.update({name: calls[name] + 1})
+    ms, peak = timing.measure(dict(quick=lambda: count("quick"), slow=lambda: count("slow") or timing.time.sleep(0.2),
+                                   peer=fail), args, slow=0.1)
+    assert ms.keys() == {"quick", "slow"} and ms["slow"] > 199 and calls["slow"] == 1 < calls["quick"] and not peak
+    assert "peer: no kernel for this" in capsys.readouterr().out
+    with pytest.raises(RuntimeError):
+        timing.measure(dict(ours=fail), args)
 
 
 def test_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(medsegr, "Config", partial(medsegr.Config, image_size=64))
-    monkeypatch.setattr(sys, "argv", ["bench.py", "model", "--quick", "--feature-grid", "4", "--repeats", "1",
+    monkeypatch.setattr(sys, "argv", ["bench.py", "model", "--feature-grid", "4", "--repeats", "1",
                                       "--device", "cpu", "--json", str(tmp_path / "model.json")])
     bench.main()
-    record = json.loads((tmp_path / "model.json").read_text())
-    rows = [v for v in record.values() if isinstance(v, dict)]
+    rows, = json.loads((tmp_path / "model.json").read_text())["tables"].values()
     assert len(rows) == 3 and "training step" in capsys.readouterr().out
     for row in rows:
-        assert row["ratio"] > 0 and row["difference"] < 1e-3 * row["largest"]
+        assert row["ratio"] > 0 and row["largest difference"] < 1e-3 * row["of"]
 
 
-PEER = """
-import json
-import numpy as np
-from PIL import Image
-
-class TrainingDataset:
-    def __init__(self, folder, image_size, mask_num, requires_name):
-        self.pairs = list(json.load(open(f"{folder}/image2label_train.json")).items())
-        assert image_size == 64 and not requires_name
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        image, masks = self.pairs[i]
-        assert np.asarray(Image.open(image)).shape == (256, 256, 3)
-        return [np.asarray(Image.open(mask)).max() == 255 for mask in masks]
-"""
-
-
-def test_data_beside_a_peer(tmp_path):
-    (tmp_path / "DataLoader.py").write_text(PEER)
-    run = script("data", "demo", "--images", 3, "--image-size", 64, "--quick", "--repeats", 1, "--peer", tmp_path,
-                 "--json", tmp_path / "data.json")
+def test_data(tmp_path):
+    run = script("data", "demo", "--images", 3, "--image-size", 64, "--repeats", 1, "--json", tmp_path / "data.json")
     assert run.returncode == 0, run.stderr
-    record = json.loads((tmp_path / "data.json").read_text())["demo"]
-    assert {"one process", "1 worker", "2 workers"} <= record.keys() and "ratio" in run.stdout
-    for rates in record.values():
-        assert rates.keys() == {"ours", "ours, varied", "SAM-Med2D's"} and min(rates.values()) > 0
+    rows, = json.loads((tmp_path / "data.json").read_text())["tables"].values()
+    assert [row.pop("workers") for row in rows][:3] == [0, 1, 2]
+    for rates in rows:
+        assert rates.keys() == {"as they are", "varied"} and min(rates.values()) > 0
+
+
+def test_eval_beside_medpy(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "eval", "demo", "--volumes", "2", "--json", str(tmp_path / "x.json")])
+    bench.main()
+    rows, = json.loads((tmp_path / "x.json").read_text())["tables"].values()
+    assert len(rows) == 8 and all(row["difference"] < 1e-9 and row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["data", "--peer", "nowhere"], "--peer nowhere"), (["data", "moon"], "moon"),
+    (["train", "--peer", "nowhere"], "--peer nowhere"), (["data", "moon"], "moon"), (["eval", "kvasir"], "kvasir"),
     (["ops", "--grids", "0"], "--grids 0"), (["ops", "--dtype", "fp8"], "--dtype"), (["pace"], "pace"),
     (["model", "--grids", "4"], "--grids"), (["ops", "--json", "/proc/x/y.json"], "/proc/x"), ([], "command"),
     pytest.param(["ops", "--device", "cuda"], "--device cuda",

@@ -83,7 +83,7 @@ def test_the_name_tells_versions_and_sources_apart(probe):
     assert len({first, second, build.load("cpu")}) == 3
 
 
-def test_a_failure_is_one_line_and_met_once(probe):
+def test_a_failure_is_one_line(probe):
     (probe / "probe.cpp").write_text("this is not C++\n")
     with pytest.raises(build.BuildError, match="error:") as e:
         build.load("cpu")

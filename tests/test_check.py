@@ -80,4 +80,4 @@ def test_bad_flags(flags, named):
 def test_an_unreadable_split_is_wrong_and_the_others_are_counted(tmp_path):
     synapse(tmp_path, h5=(), shape=(16, 16))
     status, text, _ = stats("--dataset", "synapse", "--data", tmp_path)
-    assert status == 1 and "wrong: " in text and "test_vol_h5" in text and "train " in text
+    assert status == 1 and "wrong: " in text and "test_vol_h5" in text and "\ntrain\n" in text

@@ -8,8 +8,8 @@ import pytest
 from scipy.ndimage import binary_erosion
 
 from conftest import fails
-from metrics import (METRICS, border, bootstrap_means, bounding_box, dice, hd95, iou, nearest, overlap_rate, print_table,
-                     score, score_labels, score_table, summarise)
+from metrics import (METRICS, bootstrap_means, dice, hd95, iou, overlap_rate, print_table, score, score_labels,
+                     score_table, summarise)
 from readers.synapse import ORGANS
 
 
@@ -61,7 +61,6 @@ def ball(shape, centre, radius):
 
 @pytest.mark.parametrize("spacing", [None, (5, 1.2, 1.2), (0.5, 2, 1), (1, 1, 30), (1, 100, 100)])
 def test_hd95_is_medpys_on_larger_masks(spacing):
-    """Enough border voxels to ask the tree, and to take the distance transform."""
     rng, shape = np.random.default_rng(0), (24, 60, 60)
     noise, speckle = rng.random(shape) < 0.5, rng.random(shape) < 0.03
     one, other = ball(shape, (12, 30, 30), 16), ball(shape, (9, 33, 28), 14)
@@ -73,31 +72,6 @@ def test_hd95_is_medpys_on_larger_masks(spacing):
     for a, b in ((noise[0], far[23]), (noise[1], noise[0]), (one[12], other[12])):  # an image
         flat = spacing and spacing[1:]
         assert hd95(a, b, flat) == pytest.approx(medpy.hd95(a, b, voxelspacing=flat), abs=1e-9, rel=1e-9)
-
-
-def test_each_way_to_a_distance_is_taken_and_right():
-    """nearest() against all distances, with few points and many, near and far, sparse and dense."""
-    rng = np.random.default_rng(1)
-    for n, m, shape in ((50, 40, (9, 30, 30)), (1500, 1500, (9, 30, 30)), (1500, 3, (9, 99, 99)),
-                        (1500, 3, (9, 30, 30)),
-                        (1500, 60, (12, 40, 99)), (1200, 9, (50, 60)), (1200, 9, (200, 200))):
-        for step in (np.ones(len(shape)), rng.uniform(0.3, 4, len(shape))):
-            draw = lambda k: np.stack(np.unravel_index(rng.choice(np.prod(shape), k, replace=False), shape), 1)
-            points, others = draw(n), draw(m)
-            truth = np.sqrt((((points[:, None] - others) * step) ** 2).sum(2)).min(1)
-            np.testing.assert_allclose(nearest(points, others, step, shape), truth, rtol=1e-12, atol=1e-12)
-
-
-def test_border_and_box_of_random_masks():
-    rng = np.random.default_rng(2)
-    for dimensions in (1, 2, 3):
-        for _ in range(100):
-            mask = random_mask(rng, random_shape(rng, dimensions))
-            np.testing.assert_array_equal(border(mask), np.argwhere(mask ^ binary_erosion(mask)))
-            if dimensions == 2:
-                where = np.argwhere(mask)
-                assert bounding_box(mask) == tuple(map(slice, where.min(0).tolist(), (where.max(0) + 1).tolist()))
-    assert bounding_box(np.zeros((3, 4), bool)) is None
 
 
 def test_masks_in_any_memory_order():
@@ -236,7 +210,8 @@ def test_groups_of_cases_are_resampled_together():
     counts = rng.integers(1, 4, (12, 3))
     assert bootstrap_means(values * counts, counts * 1.0)[0] != each[0]
     again = bootstrap_means(np.repeat(values[:, :1], 2, 1), np.ones((12, 2)))
-    assert again[0] == pytest.approx(again[1]) and again[0] == pytest.approx(again[2])  # the same values twice say no more than once
+    # the same values twice say no more than once
+    assert again[0] == pytest.approx(again[1]) and again[0] == pytest.approx(again[2])
     sparse = np.zeros((12, 3))
     sparse[0, 1] = sparse[:, 2] = 1
     empty, single, full, mean = bootstrap_means(values * sparse, sparse)
@@ -276,7 +251,8 @@ def test_overlap_rate_of_random_masks():
             full = np.zeros_like(masks)
             for box, mask in zip(full, masks):
                 if mask.any():
-                    box[bounding_box(mask)] = True
+                    low, high = np.argwhere(mask).min(0), np.argwhere(mask).max(0)
+                    box[low[0]:high[0] + 1, low[1]:high[1] + 1] = True
             for t, rate in enumerate(rates):
                 others = [full[k] for k in range(len(masks)) if groups[k] != groups[t]]
                 covered = np.any(others, 0) & full[t] if others else full[t] & False

@@ -158,8 +158,8 @@ def crowded(tmp_path):
     for i in range(200):
         for target in ("a", "b"):
             rate = float(rng.random())
-            rows.append((f"i{i}", f"c{i}", target, ("ct", "mr")[i % 2], 0.9 - 0.3 * rate, 0.01 if target == "a" else 0.2,
-                         rate))
+            area = 0.01 if target == "a" else 0.2
+            rows.append((f"i{i}", f"c{i}", target, ("ct", "mr")[i % 2], 0.9 - 0.3 * rate, area, rate))
     rows += [("alone", "c", "a", "pet", 0.1, 0.3, 0.0), ("gone", "c", "a", "pet", None, 0.0, 0.0)]
     return [evaluation(tmp_path / f"{name}.json", rows, prompt=prompt) for name, prompt in
             (("ours", "box"), ("sam", "box"), ("more", "point"))]
@@ -200,7 +200,7 @@ def test_figures(crowded, tmp_path):
     ablated = tmp_path / "tables.json"
     ablated.write_text(json.dumps(dict(figure6={"1/16": [0.3, 0.4], "1/1": [0.6], "1/2": []})))
     points = figures.figure6(tables.read_evaluations(crowded[2:]), tmp_path / "6.png", ablated)
-    assert "| 1/16 of the training data | 35.00 | ± 7.07, 2 seeds | 78.19 |" in points and "more, 1 point" in points
+    assert "| 1/16 of the training data | 35.00 | ± 7.07, seeds: 2 | 78.19 |" in points and "more, points: 1" in points
     for name in ("3", "4", "6"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert pixels.shape[1] > 400 and 0.005 < (pixels < 128).mean() < 0.5
