@@ -295,11 +295,16 @@ def model_options(args):
     return (LIGHT if args.light else {}) | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
 
 
+def add_precision_flag(parser):
+    parser.add_argument("--precision", default="bfloat16" if torch.cuda.is_available() else "float32",
+                        choices=("float32", "bfloat16", "float16"),
+                        help="of the computation (autocast); default here: %(default)s")
+
+
 def add_runtime_flags(parser):
-    """The flags that train.py, eval.py and predict.py share; "none" as --cache becomes None."""
+    """The flags that train.py and eval.py share; "none" as --cache becomes None."""
     add = parser.add_argument
-    add("--precision", default="bfloat16" if torch.cuda.is_available() else "float32",
-        choices=("float32", "bfloat16", "float16"), help="of the computation (autocast); default here: %(default)s")
+    add_precision_flag(parser)
     add("--cache", default="cache", type=lambda folder: None if folder == "none" else folder,
         help="folder for image features; none: keep none")
     add("--cache-gb", type=number(0), default=20.0, help="size limit of that folder")

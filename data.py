@@ -55,17 +55,20 @@ def make_sample(raw, size, case, key):
     and `to_original` takes a prediction back. The image is resized with antialiasing; masks by nearest neighbour, which
     cannot invent a label between two others.
     """
-    masks, (h, w), planes = raw.masks, raw.image.shape[:2], []
-    for plane in np.moveaxis(np.atleast_3d(raw.image), 2, 0):  # one by one: a photograph's would take 600 MB together
-        plane = torch.from_numpy(np.array(plane))[None, None]
-        plane = plane.float().div_(255) if plane.dtype == torch.uint8 else plane.float()
-        same = plane.shape[2:] == (size, size)
-        planes.append(plane if same else F.interpolate(plane, (size, size), mode="bilinear", antialias=True))
-    if len(masks) and (h, w) != (size, size):
-        stretched = F.interpolate(torch.from_numpy(masks)[None].byte(), (size, size), mode="nearest-exact")
-        masks = stretched[0].bool().numpy()
-    image = torch.cat(planes, 1)[0]
-    image = (image.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
+    image = torch.from_numpy(np.array(np.atleast_3d(raw.image))).permute(2, 0, 1)[None]
+    unit = lambda x: x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    masks, (h, w) = raw.masks, raw.image.shape[:2]
+    if (h, w) == (size, size):
+        image = unit(image)
+    else:
+        # first the width, strip by strip: a photograph's numbers would take a gigabyte together
+        narrow = [F.interpolate(unit(strip), (strip.shape[2], size), mode="bilinear", antialias=True)
+                  for strip in image.split(256, 2)]
+        image = F.interpolate(torch.cat(narrow, 2), (size, size), mode="bilinear", antialias=True)
+        if len(masks):
+            stretched = F.interpolate(torch.from_numpy(masks)[None].byte(), (size, size), mode="nearest-exact")
+            masks = stretched[0].bool().numpy()
+    image = (image[0].clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
     return Sample(np.ascontiguousarray(image), masks.reshape(-1, size, size), raw.targets, raw.absent,
                   raw.masks, raw.modality, case, key)
 

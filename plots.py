@@ -73,6 +73,7 @@ def save(figure, path, dpi=110, layout=None):
                 with whole(path) as file:
                     figure.savefig(file, dpi=dpi, format="png")
     finally:
+        figure.clear()  # its parts point at each other, and would stay until Python looks for such circles
         plt.close(figure)
 
 

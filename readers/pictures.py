@@ -172,9 +172,13 @@ def to_pixels(image):
     """A loaded image of up to 8 bits -> uint8 [H,W] or, of colours, [H,W,3]; what is transparent is black."""
     if image.mode in ALPHA or "transparency" in image.info:
         shown = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", shown.size, (0, 0, 0, 255)), shown).convert("RGB"))
+        image = Image.alpha_composite(Image.new("RGBA", shown.size, (0, 0, 0, 255)), shown)
     mode = "L" if image.mode in GRAY else "RGB"
-    return np.asarray(image if image.mode == mode else image.convert(mode))
+    image = image if image.mode == mode else image.convert(mode)
+    pixels = np.empty((image.height, image.width, 3)[:2 if mode == "L" else 3], np.uint8)
+    for top in range(0, image.height, 256):  # all at once Pillow would take the memory twice
+        pixels[top:top + 256] = image.crop((0, top, image.width, min(top + 256, image.height)))
+    return pixels
 
 
 def gray_to_rgb(pixels):

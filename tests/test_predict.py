@@ -31,7 +31,7 @@ def test_an_image(model, tmp_path, monkeypatch, capsys):
     command(monkeypatch, model[1], tmp_path / "x.png", "--target", "liver", "--target", "left kidney", "--explain",
             "--out", tmp_path / "o", "--box", 3, 4, 30, 40, "--box", 40, 4, 70, 40)
     files = {f.name for f in (tmp_path / "o").iterdir()}
-    assert files == {"x-liver.png", "x-left_kidney.png", "x-overlay.png", "x-liver-explained.png",
+    assert files == {"x-input.json", "x-liver.png", "x-left_kidney.png", "x-overlay.png", "x-liver-explained.png",
                      "x-left_kidney-explained.png"}
     assert Image.open(tmp_path / "o/x-liver.png").size == (80, 48)
     assert set(np.unique(np.asarray(Image.open(tmp_path / "o/x-liver.png")))) <= {0, 255}
@@ -107,7 +107,8 @@ def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, ca
         predict.main()
     save_checkpoint(model[0], "weights/abdomen-ct.safetensors", dataset="synapse")
     predict.main()
-    assert {f.name for f in (tmp_path / "o").iterdir()} == {f"{n}-{what}.png" for n in "ab" for what in ("liver", "overlay")}
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {
+        f"{n}-{what}" for n in "ab" for what in ("liver.png", "overlay.png", "input.json")}
     assert f"checkpoint {tmp_path}/weights/abdomen-ct.safetensors: backbone" in capsys.readouterr().out
 
 
