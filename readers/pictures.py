@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from common import InputError
 
@@ -16,7 +17,7 @@ MODALITIES = ("ct", "mr", "pet", "ultrasound", "x-ray", "endoscopy", "dermoscopy
 # SAM-Med2D leaves out masks below this share of the image: 100 pixels at 256 x 256
 SMALLEST = 0.00153
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2")
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # that Pillow may open
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")  # that Pillow may open
 
 
 @dataclass
@@ -283,11 +284,11 @@ def colour_values(path, pixels):
     if len(np.unique(numbers)) <= 8:
         return numbers
     brightest = pixels.max(2)
-    inside = pixels[brightest > 191].astype(int)
-    away = lambda x: np.abs(x - np.median(x, 0)).max(1)
-    others = inside[away(inside) > 64] if len(inside) else inside
-    if len(others) > 20 and (away(others) < 32).mean() > 0.5:  # a second colour, and not the blur of an edge
-        raise InputError(f"{path}: its structures have several colours; store a mask of 0 and 255 for each structure")
+    inside = brightest > 191
+    if inside.any():
+        others = inside & (np.abs(pixels - np.median(pixels[inside], 0)).max(2) > 64)
+        if ndimage.binary_erosion(others, np.ones((5, 5))).any():  # a second colour, and not the blur of an edge
+            raise InputError(f"{path}: its structures have several colours; store a mask of 0 and 255 for each structure")
     return brightest
 
 
