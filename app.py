@@ -31,6 +31,7 @@ from data import VARIATION  # noqa: E402
 from inference import explain, predict_image  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
+from readers.pictures import gray_to_rgb, read_image  # noqa: E402
 from runs import default_checkpoint, load_checkpoint  # noqa: E402
 from texts import Texts  # noqa: E402
 
@@ -93,14 +94,22 @@ def load(checkpoint, **given):
     return model, dataset or "synapse", f"{checkpoint}, trained on {dataset or 'unknown data'}"
 
 
+class Picture(gr.Image):
+    """gradio's Image, but an upload is read as by predict.py: upright, 16 bits by their range -> uint8 [H,W,3]."""
+    is_template = True  # it looks like its base class
+
+    def preprocess(self, payload):
+        if payload is None or payload.path is None:
+            return super().preprocess(payload)
+        try:
+            return read_image(payload.path)
+        except InputError as e:
+            raise gr.Error(str(e).replace(payload.path, payload.orig_name or "the image")) from None
+
+
 def drawn(number=0):
     """uint8 [256,256,3]: one of the demo's slices."""
-    return rgb((255 * Demo("test").read(number).image).round().astype(np.uint8))
-
-
-def rgb(pixels):
-    """uint8 [H,W] or [H,W,3 or 4] -> [H,W,3]."""
-    return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels[..., :3]
+    return gray_to_rgb((255 * Demo("test").read(number).image).round().astype(np.uint8))
 
 
 def marked(image, clicks, mask=None, name="mask"):
@@ -108,7 +117,8 @@ def marked(image, clicks, mask=None, name="mask"):
     h, w = image.shape[:2]
     figure = plt.figure(figsize=(w / 100, h / 100), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1))
-    plots.overlay(axis, image, [(name, mask)] if mask is not None and mask.any() else [], {name: plots.COLOURS[0]})
+    plots.overlay(axis, image, [(name, mask)] if mask is not None and mask.any() else [], {name: plots.COLOURS[0]},
+                  most=max(h, w))
     axis.axis("off")
     plots.prompts(axis, clicks["box"], zip(clicks["points"], clicks["labels"]))
     axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
@@ -136,7 +146,6 @@ def find(model, image, clicks, name, texts, with_explanation):
     if not all(t.strip() for t in texts):
         raise gr.Error("All three texts are needed: choose a structure, or write them.")
     name = name or "structure"
-    image = rgb(image)
     boxes = np.array([clicks["box"]], np.float32) if clicks["box"] else None
     points = (np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])) if clicks["points"] else None
     asked, picture = [dict(zip(ATTRIBUTES, texts))], None
@@ -172,7 +181,7 @@ def build(model, dataset, about):
         clicks, original = gr.State(NOTHING), gr.State(drawn())
         with gr.Row():
             with gr.Column():
-                image = gr.Image(drawn(), type="numpy", label="image: click points, drag a box", elem_id="image",
+                image = Picture(drawn(), type="numpy", label="image: click points, drag a box", elem_id="image",
                                  sources=["upload", "clipboard"], height=400, buttons=[])
                 dragged = gr.Textbox(visible="hidden", elem_id="dragged")
                 kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a point")
@@ -195,17 +204,18 @@ def build(model, dataset, about):
 
         def on_click(clicks, original, kind, event: gr.SelectData):
             clicks = click(clicks, kind, *event.index)
-            return clicks, marked(rgb(original), clicks)
+            return clicks, marked(original, clicks)
 
         def on_drag(clicks, original, dragged):
             clicks = drag(clicks, dragged)
-            return clicks, marked(rgb(original), clicks)
+            return clicks, marked(original, clicks)
 
         def next_slice(turn):
             turn = (turn + 1) % 32
             return turn, drawn(turn), drawn(turn), NOTHING
 
-        image.upload(lambda new: (new, NOTHING), image, [original, clicks])
+        # shown as it was read: a browser knows neither 16 bits nor TIFF
+        image.upload(lambda new: (new, new, NOTHING), image, [image, original, clicks])
         image.clear(lambda: (None, NOTHING), None, [original, clicks])
         image.select(on_click, [clicks, original, kind], [clicks, image])
         dragged.change(on_drag, [clicks, original, dragged], [clicks, image])

@@ -3,6 +3,7 @@ processes, and files that are written whole or not at all."""
 import argparse
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -68,17 +69,34 @@ def keep_freed_memory():
         mallopt(option, size)
 
 
+# the system's own refusals: no room (or quota, or limit on a file's size), a disk that may only be read, another's file
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+
+
 def run(main, *errors):
-    """Calls main(). InputError and the exception classes `errors` become one line on stderr and exit status 2."""
+    """Calls main(). InputError, the exception classes `errors`, and a file that the system refuses to write where nobody
+    else has said so become one line on stderr and exit status 2."""
     script = Path(sys.argv[0]).name
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no text: they are printed as they are
+            stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, *errors) as e:
         print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in REFUSED:
+            raise
+        print(f"{script}: {refusal(e.filename or 'a file', e)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -123,19 +141,34 @@ def make_folder(folder):
         raise InputError(f"{folder}: cannot be written to ({e.strerror}); choose another place") from None
 
 
+def refusal(path, error):
+    return f"{path}: cannot be written ({error.strerror or error}); make room, or choose another place"
+
+
+@contextlib.contextmanager
+def writing(path):
+    """InputError, in one line that names `path`, if the system refuses what is written within."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(refusal(path, e)) from None
+
+
 @contextlib.contextmanager
 def whole(path):
-    """A binary file to write to, which appears at `path` when all is in it, or never. InputError if it cannot."""
+    """A binary file to write to, which appears at `path` when all is in it, or never. InputError if it cannot.
+
+    Processes that write into one folder take turns, so that two that write one path leave the file of the later one.
+    """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w+b") as file:
-            yield file
-        os.replace(part, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); make room, or choose another place") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path), alone_in(path.parent) as alone:
+        part = path.with_name(path.name + (".part" if alone else f".{os.getpid()}.part"))
+        try:
+            with open(part, "w+b") as file:
+                yield file
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_atomically(path, content):
@@ -144,20 +177,39 @@ def write_atomically(path, content):
         file.write(content)
 
 
+def lock(file, wait=True):
+    """Locks an open file or descriptor until it is closed -> True; False where another process holds it, without `wait`;
+    None where locks are not supported (Windows, some network disks)."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+
+
 @contextlib.contextmanager
 def locked(path, wait=True):
     """Holds PATH's lock and yields True; without `wait` yields False where another process holds it. Where locks are
-    not supported (Windows, some network disks) it yields True at once."""
+    not supported it yields True at once."""
     with open(path, "w") as file:
-        ours = True
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            ours = False
-        except (ImportError, OSError):
-            pass
-        yield ours
+        yield lock(file, wait) is not False
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Waits until no other process is in here for this folder, and yields True; False where locks are not supported."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        yield False
+        return
+    try:
+        yield bool(lock(descriptor))
+    finally:
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,11 +295,16 @@ def model_options(args):
     return (LIGHT if args.light else {}) | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
 
 
+def add_precision_flag(parser):
+    parser.add_argument("--precision", default="bfloat16" if torch.cuda.is_available() else "float32",
+                        choices=("float32", "bfloat16", "float16"),
+                        help="of the computation (autocast); default here: %(default)s")
+
+
 def add_runtime_flags(parser):
-    """The flags that train.py, eval.py and predict.py share; "none" as --cache becomes None."""
+    """The flags that train.py and eval.py share; "none" as --cache becomes None."""
     add = parser.add_argument
-    add("--precision", default="bfloat16" if torch.cuda.is_available() else "float32",
-        choices=("float32", "bfloat16", "float16"), help="of the computation (autocast); default here: %(default)s")
+    add_precision_flag(parser)
     add("--cache", default="cache", type=lambda folder: None if folder == "none" else folder,
         help="folder for image features; none: keep none")
     add("--cache-gb", type=number(0), default=20.0, help="size limit of that folder")

@@ -55,11 +55,20 @@ def make_sample(raw, size, case, key):
     and `to_original` takes a prediction back. The image is resized with antialiasing; masks by nearest neighbour, which
     cannot invent a label between two others.
     """
-    image = torch.from_numpy(np.array(np.atleast_3d(raw.image))).permute(2, 0, 1)[None]
-    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     masks, (h, w) = raw.masks, raw.image.shape[:2]
-    if (h, w) != (size, size):
-        image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+
+    def unit(pixels):
+        """-> float32 [1,1 or 3,H,W] in [0, 1]."""
+        pixels = torch.from_numpy(np.array(np.atleast_3d(pixels))).permute(2, 0, 1)[None]
+        return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+
+    if (h, w) == (size, size):
+        image = unit(raw.image)
+    else:
+        # first the width, strip by strip: a photograph's numbers would take a gigabyte together
+        strips = (unit(raw.image[top:top + 256]) for top in range(0, h, 256))
+        narrow = [F.interpolate(strip, (strip.shape[2], size), mode="bilinear", antialias=True) for strip in strips]
+        image = F.interpolate(torch.cat(narrow, 2), (size, size), mode="bilinear", antialias=True)
         if len(masks):
             stretched = F.interpolate(torch.from_numpy(masks)[None].byte(), (size, size), mode="nearest-exact")
             masks = stretched[0].bool().numpy()

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 import warnings
+from bisect import bisect_right
 from collections import defaultdict
 from contextlib import suppress
 from importlib.metadata import version
@@ -308,6 +309,7 @@ class TextEncoder(nn.Module):
             torch.random.set_rng_state(torch_state)
         self.eval().requires_grad_(False)
         self.context, self.width = self(["a probe"])[0].shape[1:]
+        self.cut = set()  # texts of which it was said that they are too long
         self.kept = {}  # what `tokens` found for the last KEPT_TEXTS texts; never on disk, since they may be clinical
 
     @torch.no_grad()
@@ -335,10 +337,27 @@ class TextEncoder(nn.Module):
             with torch.autocast(key[1].type, enabled=False):  # for texts this short, casting the weights costs more
                 tokens, valid = (x[0] for x in self([text]))
             entry = tokens[:int(valid.nonzero().max()) + 1].clone()
+            if len(entry) == self.context:
+                self.report_cut(text)
         self.kept[key] = entry  # the last used stands last
         if len(self.kept) > KEPT_TEXTS:
             del self.kept[next(iter(self.kept))]
         return entry
+
+
+    def beyond(self, text):
+        """The words of a text that the tower has no room for, from the first one that is not read to its end."""
+        words, inner = text.split(), getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        length = lambda n: len(inner.encode(" ".join(words[:n])))
+        room = self.context - (0 if length(0) else 2)  # beside the marks of start and end, which CLIP's does not count
+        return " ".join(words[bisect_right(range(len(words) + 1), room, key=length) - 1:])
+
+    def report_cut(self, text):
+        """Says once of a text which of its words are cut off."""
+        words = self.beyond(text)
+        if words and text not in self.cut and not (dist.is_initialized() and dist.get_rank()):
+            self.cut.add(text)
+            print(f'a text is too long: the encoder reads {self.context} tokens, and these words are cut off: "{words}"')
 
 
 def minilm():

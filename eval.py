@@ -191,6 +191,8 @@ def main():
                            **dataset_options(args))
     texts = Texts(args.dataset, args.attributes_file, args.texts)
     texts.check(dataset.source.pairs)
+    if (unused := texts.unused([dataset.source])) and rank == 0:
+        print(unused)
     if args.largest_component and not dataset.volumes:
         raise InputError(f"--largest-component: {args.dataset} has no volumes; leave it out")
     if args.text != "own":

@@ -23,17 +23,26 @@ from readers.pictures import RawSample
 
 
 class Answer(NamedTuple):
-    """What the model says of T targets of one image."""
-    logits: torch.Tensor  # float32 [T,S,S] on the model's grid, [T,H,W] on the image's; a mask is where they exceed 0
+    """What the model says of T targets of one image of H x W pixels, or of S x S, its own grid."""
+    grid: torch.Tensor  # float32 [T,S,S]: logits on the model's grid
+    size: tuple  # (H, W)
     iou: torch.Tensor  # float32 [T]: how good the model thinks its masks are
     priors: Priors  # of the targets
     steps: dict  # of the targets, see `explain` of MedSegR.decode
     features: torch.Tensor  # F_SAM [1,C,G,G]
 
     @property
+    def logits(self):
+        """float32 [T,H,W]: a mask is where they exceed 0. Of a photograph these are 200 MB a target."""
+        return to_original(self.grid, self.size)
+
+    @property
     def masks(self):
-        """bool [T,H,W]."""
-        return (self.logits > 0).cpu().numpy()
+        """bool [T,H,W], one target after the other, so that memory is that of one target's logits."""
+        masks = np.empty((len(self.grid), *self.size), bool)
+        for mask, logits in zip(masks, self.grid):
+            mask[...] = (to_original(logits[None], self.size)[0] > 0).cpu().numpy()
+        return masks
 
     @property
     def probability(self):
@@ -80,7 +89,7 @@ def decode_targets(model, features, texts, points=None, boxes=None, empty=False)
         logits, iou = (torch.stack([x[target == t].mean(0) for t in range(len(texts))]) for x in (logits, iou))
         first = torch.searchsorted(target, torch.arange(len(texts), device=model.device))
         priors, steps = priors.take(first), {name: x if x is None else x[first] for name, x in steps.items()}
-    return Answer(logits, iou, priors, steps, features)
+    return Answer(logits, (S, S), iou, priors, steps, features)
 
 
 def merge_label_map(logits, labels):
@@ -214,8 +223,7 @@ def predict_image(model, image, texts, boxes=None, points=None, precision="float
             nothing = np.zeros((0, *size), bool)
             square = make_sample(RawSample(image, nothing, (), (), ""), S, "", "").image
             features = model.encode_image(torch.from_numpy(square).permute(2, 0, 1)[None])
-        answer = decode_targets(model, features, texts, points, boxes, empty)
-    return answer._replace(logits=to_original(answer.logits, size))
+        return decode_targets(model, features, texts, points, boxes, empty)._replace(size=size)
 
 
 def gray_image(volume, z):
@@ -236,7 +244,9 @@ def predict_volume(model, volume, texts, precision="float32", progress=True):
 # What the texts did
 
 class Explanation(NamedTuple):
-    """What the three texts of one target did to an image of H x W pixels; None, or left out: switched off."""
+    """What the three texts of one target did to an image; None, or left out: switched off. H x W are its pixels, or,
+    since this is for drawing, of a large image every step-th."""
+    step: int
     image: np.ndarray  # uint8 [H,W,3]
     texts: dict  # {attribute: text}
     box: np.ndarray | None  # [4]: x0 y0 x1 y1
@@ -254,8 +264,12 @@ class Explanation(NamedTuple):
 
 
 @torch.no_grad()
-def explain(model, image, answer, target, texts, boxes=None, points=None, precision="float32"):
-    """-> Explanation of one target, by its number, of predict_image's Answer to these texts and prompts."""
+def explain(model, image, answer, target, texts, boxes=None, points=None, precision="float32", most=1024):
+    """-> Explanation of one target, by its number, of predict_image's Answer to these texts and prompts, on the image's
+    grid, or, where that has more than `most` pixels a side, on every n-th of them."""
+    step = -(-max(image.shape[:2]) // most)
+    image = image[step // 2::step, step // 2::step]
+    boxes, points = thinned(boxes, step), points and (thinned(points[0], step), points[1])
     on_image = lambda grid: to_original(grid[None], image.shape[:2])[0].cpu().numpy()
     array = lambda x: None if x is None else x[0].float().cpu().numpy()
     priors, effect, gate, texts = answer.priors.take(slice(target, target + 1)), None, {}, as_lists(texts)
@@ -273,9 +287,14 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
         without[kind] = predict_image(model, image, emptied, boxes, points, precision, answer.features,
                                       empty=True).masks[target]
     return Explanation(
-        image=image, texts=texts[target][0], box=None if boxes is None else boxes[target],
+        step=step, image=image, texts=texts[target][0], box=None if boxes is None else boxes[target],
         points=[] if points is None else list(zip(points[0][target], points[1][target])),
-        probability=answer.probability[target], iou=float(answer.iou[target]),
+        probability=to_original(answer.grid[target][None], image.shape[:2])[0].sigmoid().cpu().numpy(), iou=float(answer.iou[target]),
         A_pos=None if priors.A_pos is None else on_image(priors.A_pos[0]), texture=array(priors.texture),
         texture_effect=effect, shape_kernel=array(priors.shape_kernel), shape_offset=array(priors.shape_offset),
         cells=answer.features.shape[-1], gate=gate, without=without)
+
+
+def thinned(xy, step):
+    """Pixel coordinates of an image -> those on every step-th of its pixels."""
+    return xy if xy is None or step == 1 else (np.asarray(xy) - step // 2) / step

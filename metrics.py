@@ -4,6 +4,7 @@ with intervals; and how an evaluation survives a kill.
 Masks are bool arrays of any dimension, prediction and truth on one grid. Distances are in voxels, or in mm with
 `spacing`: the mm from one voxel to the next along each axis of the array, or one number for all axes.
 """
+import glob
 import json
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ from scipy.ndimage import binary_erosion, find_objects
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
-from common import InputError
+from common import InputError, writing
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One pair of masks
@@ -217,29 +218,31 @@ class Journal:
     def __init__(self, path=None, rank=0, settings=""):
         self.rows, self.done, self.file, self.path, self.settings = [], set(), None, path and Path(path), settings
         for part in self.parts():
-            with open(part, errors="replace") as f:
-                first, *lines = [line for line in f if line.endswith("\n")] or [""]  # the last may be torn by a kill
-            for case in map(json.loads, lines if first == f"{settings}\n" else ()):
+            # the last line may be torn by a kill; after it, of a machine that went down, there may be anything
+            first, *lines = part.read_text(errors="replace").split("\n")[:-1] or [""]
+            for case in filter(None, map(parse_case, lines if first == settings else ())):
                 if rank == 0 and case["first"] not in self.done:  # the rows are gathered there
                     self.rows += case["rows"]
                 self.done.add(case["first"])
 
     def parts(self):
         """The files of all processes, of this start and of earlier ones."""
-        return sorted(self.path.parent.glob(f"{self.path.name}.*.partial")) if self.path else []
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*.partial")) if self.path else []
 
     def begin(self):
         """When every process has read the files: a new one for what this process finds."""
         if self.path:
-            self.file = tempfile.NamedTemporaryFile("w", prefix=f"{self.path.name}.", suffix=".partial",
-                                                    dir=self.path.parent, delete=False)
-            print(self.settings, file=self.file, flush=True)
+            with writing(self.path):
+                self.file = tempfile.NamedTemporaryFile("w", prefix=f"{self.path.name}.", suffix=".partial",
+                                                        dir=self.path.parent, delete=False)
+                print(self.settings, file=self.file, flush=True)
 
     def add(self, first, rows):
         """Of the case that begins with image `first`."""
         self.rows += rows
         if self.file:
-            print(json.dumps(dict(first=first, rows=rows)), file=self.file, flush=True)
+            with writing(self.path):
+                print(json.dumps(dict(first=first, rows=rows)), file=self.file, flush=True)
 
     def remove(self):
         """When the result is written."""
@@ -247,3 +250,12 @@ class Journal:
             self.file.close()
             for part in self.parts():
                 part.unlink(missing_ok=True)
+
+
+def parse_case(line):
+    """A line of a partial file -> {"first": image, "rows": rows}; None if it is damaged."""
+    try:
+        case = json.loads(line)
+        return case if case.keys() >= {"first", "rows"} else None
+    except (ValueError, AttributeError):
+        return None

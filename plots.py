@@ -1,15 +1,20 @@
 """Pictures: masks over images, as every script draws them. Readable by the colour-blind."""
 import textwrap
+import warnings
 from itertools import cycle
 
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})  # a name may hold dollar signs
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
+
+from common import whole  # noqa: E402
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                      "legend.fontsize": 8})
@@ -17,24 +22,44 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "lege
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff", "#999999", "#8c510a")
 
 
-def save(figure, path):
-    """A PNG at PATH, or in an open file."""
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
-
-
-def overlay(axis, image, masks=(), palette=None, title=None):
-    """Draws an image uint8 [H,W,3] with filled, outlined masks: pairs of a name in `palette` and bool [H,W]."""
-    shown = image / 255.0
+def overlay(axis, image, masks=(), palette=None, title=None, most=1024):
+    """Draws an image uint8 [H,W,3] with filled, outlined masks: pairs of a name in `palette` and bool [H,W]. Of a large
+    image every n-th pixel, up to `most` a side; the axes keep its pixels' numbers."""
+    (h, w), step = image.shape[:2], -(-max(image.shape[:2]) // most)
+    shown = image[::step, ::step] / 255.0
     for name, inside in masks:
+        inside = inside[::step, ::step]
         edge = inside & ~np.all([np.roll(inside, step, axis) for axis in (0, 1) for step in (1, -1)], axis=0)
         colour = np.array(to_rgb(palette[name]))
         shown[inside] = 0.65 * shown[inside] + 0.35 * colour
         shown[edge] = colour
-    axis.imshow(shown, interpolation="nearest")
+    axis.imshow(shown, interpolation="nearest", extent=(-0.5, w - 0.5, h - 0.5, -0.5))
     axis.set_xticks([]), axis.set_yticks([])
     if title:
         axis.set_title(title, fontsize=9)
+
+
+def drawable(text):
+    """A text as a picture can show it: bytes of another encoding and control characters become question marks."""
+    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "?" for c in text)
+
+
+def save(figure, path, dpi=110):
+    """The figure as a PNG, whole or not at all, at PATH or in an open file."""
+    try:
+        for text in figure.findobj(Text):
+            if (shown := drawable(text.get_text())) != text.get_text():
+                text.set_text(shown)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks, a name that is too long
+            if hasattr(path, "write"):
+                figure.savefig(path, dpi=dpi, format="png")
+            else:
+                with whole(path) as file:
+                    figure.savefig(file, dpi=dpi, format="png")
+    finally:
+        figure.clear()  # its parts point at each other, and would stay until Python looks for such circles
+        plt.close(figure)
 
 
 def contact_sheet(pictures, path, title, columns=6, inches=2.4):
@@ -50,7 +75,8 @@ def contact_sheet(pictures, path, title, columns=6, inches=2.4):
         overlay(axis, image, masks, palette, name if len(name) <= 38 else name[:18] + "…" + name[-19:])
         axis.title.set_fontsize(7)
     figure.suptitle(title, fontsize=11)
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in palette.items()]
+    # matplotlib passes over a label that begins with _
+    handles = [Patch(facecolor=colour, edgecolor="black", label=f" {name}") for name, colour in palette.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     save(figure, path)
 
@@ -99,6 +125,8 @@ BRANCHES = dict(fused="features changed by the texts", sem="their meaning, by ch
 def explanation(path, name, explained):
     """A PNG at PATH, or in an open file, of what its texts did to the structure `name`: of an inference.Explanation."""
     image, mask, figure = explained.image, explained.probability > 0.5, plt.figure(figsize=(14.5, 12.4))
+    about = "about " if explained.step > 1 else ""  # of a large image there is not every pixel
+    count = lambda inside: f"{about}{inside.sum() * explained.step ** 2} pixels"
     places = iter(figure.subplots(3, 4).flat)
 
     def panel(title, shown=True):
@@ -119,7 +147,7 @@ def explanation(path, name, explained):
                             interpolation="nearest")
         figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
 
-    axis = panel(f"{name}: {mask.sum()} pixels; the model expects an IoU of {explained.iou:.2f}")
+    axis = panel(f"{name}: {count(mask)}; the model expects an IoU of {explained.iou:.2f}")
     overlay(axis, image, [(name, mask)] if mask.any() else [], {name: COLOURS[0]})
     prompts(axis, explained.box, explained.points)
     heat("probability", "probability of each pixel (mask: above one half)", explained.probability, 0, 1)
@@ -142,7 +170,7 @@ def explanation(path, name, explained):
 
     for kind, other in explained.without.items():
         sizes, both = mask.sum() + other.sum(), (mask & other).sum()
-        axis = panel(f"without the {kind} text (dashed): {other.sum()} pixels, Dice with the mask above (solid) "
+        axis = panel(f"without the {kind} text (dashed): {count(other)}, Dice with the mask above (solid) "
                      + (f"{2 * both / sizes:.2f}" if sizes else "-"))
         axis.imshow(image, cmap="gray")
         contour(axis, mask, colors="white", linestyles="solid", linewidths=1.5)
@@ -151,7 +179,7 @@ def explanation(path, name, explained):
     lines = "\n".join(textwrap.fill(f"{kind}: {text}", 190) for kind, text in explained.texts.items())
     figure.text(0.03, 0.965, lines, fontsize=9, va="top")
     figure.subplots_adjust(0.03, 0.02, 0.94, 0.86, wspace=0.22, hspace=0.28)
-    save(figure, path)
+    save(figure, path, dpi=100)
 
 
 def sampling(axis, mask, explained):

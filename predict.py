@@ -6,10 +6,14 @@
 
 An image gives OUT/NAME-TARGET.png masks and an overlay; a volume OUT/NAME-label.nii.gz, aligned with its input (same
 shape, same affine; 1, 2, ... are the targets in order, see labels.json), and an overlay of three slices. --explain adds
-a picture per target of what its texts did. As a function: inference.predict_image().
+a picture per target of what its texts did. OUT/NAME-input.json says whose results these are: those of another input are
+never replaced. As a function: inference.predict_image().
 """
 import json
+import os
+import re
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +22,15 @@ import torch
 from PIL import Image
 
 import plots
-from common import (ATTRIBUTES, InputError, Parser, add_runtime_flags, make_folder, number, run,
-                    whole, write_atomically)
+from common import (ATTRIBUTES, InputError, Parser, add_precision_flag, alone_in, make_folder, number, read_json, run,
+                    visible, whole, write_atomically, writing)
 from data import VARIATION
 from inference import explain, gray_image, largest_components, predict_image, predict_volume, wordings
-from readers.pictures import read_image
+from readers.pictures import SUFFIXES, picture_format, read_image
 from readers.volumes import read_dicom, read_nifti, write_nifti
 from runs import default_checkpoint, load_checkpoint
 from texts import Texts
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 def parse():
@@ -50,11 +53,12 @@ def parse():
     add("--point", type=float, nargs="+", action="append", metavar="X Y [1|0]",
         help="in pixels, 1 inside (default) or 0 outside; with a single target")
     add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet; boxes and points need it")
+    add("--page", type=number(0, kind=int), help="which page of a TIFF, or frame of an animation, from 0")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
     add("--sam-checkpoint"), add("--clip")
-    add_runtime_flags(parser)
+    add_precision_flag(parser)
     args = parser.parse_args()
     free = [kind for kind in ATTRIBUTES if getattr(args, kind)]
     if bool(args.target) == bool(free):
@@ -63,7 +67,15 @@ def parse():
         raise InputError(f"--{next(k for k in ATTRIBUTES if k not in free)}: missing; give all three texts, or --target")
     if free and args.mean_wordings > 1:
         raise InputError("--mean-wordings: is for the texts of a --target; leave it out")
+    for flag in ("texts", "dataset", "attributes_file") if free else ():
+        if getattr(args, flag):
+            raise InputError(f"--{flag.replace('_', '-')}: is for the texts of a --target; leave it out")
     args.names = args.target or ["target"]
+    files = ["overlay", *map(file_part, args.names), *(f"{file_part(t)}-explained" for t in args.names if args.explain)]
+    for target in args.names:
+        if files.count(file_part(target)) > 1:
+            raise InputError(f"--target {target}: its results would be called {file_part(target)}, as others are; give "
+                             "each target once, and rename it where two differ in signs alone")
     if args.box and len(args.box) != len(args.names):
         raise InputError(f"--box: {len(args.box)} boxes for {len(args.names)} targets; give one for each")
     if args.point and len(args.names) > 1:
@@ -79,23 +91,79 @@ def parse():
         if names.count(name) > 1:
             raise InputError(f"{path}: results are named after their input, and another one is called {name}; give "
                              "them one at a time, each with an --out of its own")
+        check_results(args, path)
     return args
 
 
-def name_of(path):
-    return path.name.removesuffix(".gz").rsplit(".", 1)[0] if path.is_file() else path.name
+# ---------------------------------------------------------------------------------------------------------------------
+# The names of results
 
+def name_of(path):
+    """What an input's results are called: as its file without the suffix, or as its folder, also where that is `.`"""
+    name = os.path.basename(os.path.abspath(path)) or "input"
+    ends = next((end for end in (".nii.gz", ".nii", ".dcm", ".ppm", *SUFFIXES) if name.lower().endswith(end)), "")
+    return name[:-len(ends)] or name if ends and not path.is_dir() else name
+
+
+def file_part(target):
+    """A target's name as a part of a file's name."""
+    return re.sub(r'[\s/\\:*?"<>|\x00-\x1f]', "_", target)
+
+
+def files_of(args, name):
+    """The files in --out that have the names of an input's results."""
+    targets = "|".join(re.escape(part) for part in ("overlay", *map(file_part, args.names)))
+    ours = re.compile(rf"{re.escape(name)}-(label\.nii\.gz|labels\.json|((slice|page)\d+-)?({targets})(-explained)?\.png)")
+    return [path for path in visible(args.out) if ours.fullmatch(path.name)]
+
+
+def check_results(args, path):
+    """InputError if results of this input would replace those of another, or files of which nobody knows whose they are
+    -> OUT/NAME-input.json and what is in it, {} where it is not there."""
+    name, whose = name_of(path), os.path.abspath(path)
+    record = args.out / f"{name}-input.json"
+    known = read_json(record, "give another --out") if record.is_file() else {}
+    if known and known.get("input") != whose:
+        raise InputError(f"{path}: would replace the results of another input of this name, {known.get('input')}, in "
+                         f"{args.out}; give another --out")
+    for file in files_of(args, name) if not known else ():
+        raise InputError(f"{file}: is there already, and nothing says that it is a result of {path}; move it away, or give "
+                         "another --out")
+    return record, known
+
+
+@contextmanager
+def claimed(args, path):
+    """Writes OUT/NAME-input.json before the results of an input are made; it goes again if none could be made."""
+    status = path.stat()
+    now = dict(input=os.path.abspath(path), bytes=status.st_size, modified=status.st_mtime)
+    with alone_in(args.out):  # another process may have begun since parse()
+        record, before = check_results(args, path)
+        with writing(record):
+            record.write_text(json.dumps(now))
+    if before and before != now:
+        print(f"{path}: has changed since its last results in {args.out}, which are replaced")
+    try:
+        yield
+    except BaseException:
+        if not before and not files_of(args, name_of(path)):
+            record.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From input to results
 
 def read_input(path, args):
     """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None)."""
     if path.is_dir():
         pixels, grid = read_dicom(path, args.window, args.modality)
-    elif path.name.endswith((".nii", ".nii.gz")):
+    elif path.name.endswith((".nii", ".nii.gz")) and not picture_format(path):
         pixels, grid = read_nifti(path, args.window, args.modality)
-    elif path.suffix.lower() in IMAGES:
-        pixels, grid = read_image(path, "RGB"), None
     else:
-        raise InputError(f"{path}: not a PNG, JPEG, NIfTI file (.nii, .nii.gz) or DICOM folder; convert it")
+        pixels, grid = read_image(path, args.page, args.window, print), None
+    if args.page is not None and grid:
+        raise InputError(f"--page: {path} is a volume, which has slices; give --slice")
     if args.slice is not None and not (grid and 0 <= args.slice < len(pixels)):
         raise InputError(f"--slice {args.slice}: " + (f"the volume has slices 0 to {len(pixels) - 1}" if grid else
                                                       "the image is no volume; leave it out"))
@@ -126,8 +194,8 @@ def write_image(args, name, image, answer):
     """A PNG of 0 and 255 for each target, and all of them over the image."""
     masks = list(zip(args.names, answer.masks))
     for (target, mask), iou in zip(masks, answer.iou.tolist()):
-        with whole(args.out / f"{name}-{target.replace(' ', '_')}.png") as file:
-            Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG")
+        with whole(args.out / f"{name}-{file_part(target)}.png") as file:
+            Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, format="PNG")
         print(f"{target}: {mask.sum()} pixels ({mask.mean():.1%} of the image), expected IoU {iou:.2f}")
     plots.contact_sheet([(name, image, []), ("prediction", image, masks)], args.out / f"{name}-overlay.png", name, 2)
 
@@ -160,12 +228,14 @@ def predict_input(args, model, texts, path):
         z = int(np.argmax((label > 0).sum((1, 2))))  # the slice to explain
     if grid:
         pixels, name = gray_image(pixels, z), f"{name}-slice{z:03d}"
+    elif args.page is not None:
+        name = f"{name}-page{args.page:03d}"
     boxes, points = check_prompts(args, pixels.shape[:2])
     answer = predict_image(model, pixels, asked, boxes, points, args.precision)
     if not whole_volume:
         write_image(args, name, pixels, answer)
     for i, target in enumerate(args.names if args.explain else ()):
-        file = args.out / f"{name}-{target.replace(' ', '_')}-explained.png"
+        file = args.out / f"{name}-{file_part(target)}-explained.png"
         plots.explanation(file, target, explain(model, pixels, answer, i, asked, boxes, points, args.precision))
         print(f"wrote {file}")
 
@@ -176,10 +246,13 @@ def main():
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file, args.texts)
+    if args.target:
+        texts.check_images(map(name_of, args.inputs), args.target)
     make_folder(args.out)
     print(f"checkpoint {checkpoint}: {model.describe()}")
     for path in args.inputs:
-        predict_input(args, model, texts, path)
+        with claimed(args, path):
+            predict_input(args, model, texts, path)
 
 
 if __name__ == "__main__":

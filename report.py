@@ -168,7 +168,7 @@ def draft(args):
     for image, name in zip(tqdm(args.images, "drafting", unit="report"), names):
         if name in done:
             continue
-        picture, file = Image.fromarray(read_image(image, "RGB")), io.BytesIO()
+        picture, file = Image.fromarray(read_image(image)), io.BytesIO()
         picture.thumbnail((1024, 1024))
         picture.save(file, format="PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -178,8 +178,10 @@ def draft(args):
             raise InputError(f"{image}: the model answers nothing; is --model {args.model} one that sees images?")
         report = Report(name, tuple(args.targets), "draft", re.sub(r"^===", "= =", text, flags=re.M))
         # the file is read again: someone may be reviewing it
-        before = out.read_text() + "\n" if out.is_file() else ""
-        write_atomically(out, (before + str(report)).encode())
+        before = read_text(out) + "\n" if out.is_file() else ""
+        write_atomically(out, to_bytes(before + str(report)))
+    if have := [image for image, name in zip(args.images, names) if name in done]:
+        print(f"{out}: has a report of {', '.join(have[:5])}{', ...' * (len(have) > 5)} already, by the name; it stays")
     print(f"{out}: read and correct it, and write reviewed in place of draft; next: python report.py extract {out}")
 
 
@@ -219,7 +221,12 @@ def read_lines(path):
 
 
 def write_lines(path, lines):
-    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()).encode())
+    write_atomically(path, to_bytes("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())))
+
+
+def to_bytes(text):
+    """UTF-8; half a surrogate pair, of a model's answer or a file's name, as JSON's escape for it."""
+    return text.encode(errors="backslashreplace")
 
 
 def main():

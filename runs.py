@@ -8,8 +8,8 @@ Nothing is ever unpickled.
 """
 import csv
 import hashlib
+import io
 import json
-import os
 import platform
 import re
 import shutil
@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from common import InputError, make_folder, write_atomically
+from common import InputError, make_folder, visible, write_atomically, writing
 from medsegr import Config, MedSegR
 
 COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "dense", "contrast", "lr", "images_per_s",
@@ -41,14 +41,11 @@ PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "med
 def save_checkpoint(model, path, **record):
     """Writes PATH (safetensors) and config.json beside it, each at once; `record` goes into PATH as metadata."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     config = dict(config=asdict(model.config), sam_hash=model.sam_hash)
     weights = {n: p.detach().cpu().contiguous() for n, p in model.trained().items()}
-    for file, content in ((path.with_name("config.json"), json.dumps(config, indent=1).encode()),
-                          (path, safetensors.torch.save(weights, dict(record=json.dumps(record))))):
-        part = file.with_name(file.name + ".part")
-        part.write_bytes(content)
-        os.replace(part, file)
+    write_atomically(path.with_name("config.json"), json.dumps(config, indent=1).encode())
+    write_atomically(path, safetensors.torch.save(weights, dict(record=json.dumps(record))))
 
 
 def checkpoint_file(path, flag="--checkpoint"):
@@ -152,7 +149,8 @@ def init_from(path, model):
 
 def newest_checkpoint(out="out"):
     """The folder of the run in `out`, or in a folder below it, that wrote a checkpoint last."""
-    files = [f for pattern in ("best", "last", "*/best", "*/last") for f in Path(out).glob(f"{pattern}.safetensors")]
+    files = [f for folder in (Path(out), *visible(out)) for name in ("best", "last")
+             if (f := folder / f"{name}.safetensors").is_file()]
     if not files:
         raise InputError(f"{out}: no checkpoint yet; train one first with: python train.py --dataset demo --light, "
                          "or name one with --checkpoint")
@@ -254,20 +252,27 @@ class Log:
         self.path = Path(out) / "log.csv"
         rows = [row for row in read_log(self.path) if row["step"] < step
                 or row["step"] == step and (validated or "val_dice" not in row)] if step else []
-        self.file = open(self.path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, COLUMNS)
+        text = io.StringIO(newline="")
+        self.writer = csv.DictWriter(text, COLUMNS)
         self.writer.writeheader()
-        self.writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        self.file.flush()
+        self.write(*rows)
+        write_atomically(self.path, text.getvalue().encode())
+        with writing(self.path):
+            self.file = open(self.path, "a", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS)
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(Path(out) / "tensorboard", purge_step=step + 1)
         except ImportError:
             self.board = None
 
+    def write(self, *rows):
+        self.writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
     def add(self, **row):
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+        with writing(self.path):
+            self.write(row)
+            self.file.flush()
         for name, value in row.items():
             if self.board and isinstance(value, float):
                 self.board.add_scalar(name, value, row["step"])

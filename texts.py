@@ -6,6 +6,7 @@
     texts.held_out("liver", "ct")   ->  wordings that training never draws
 """
 import json
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from common import ATTRIBUTES, InputError, read_json, read_text
 HERE = Path(__file__).resolve().parent
 FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
 TEXTS = ("own", "reworded", "wrong", "empty")
+KEYS = ("image", "target", *ATTRIBUTES, "source", "report", "reviewed")  # of a line of --texts; report.py's are the last
 
 
 def split_wordings(wordings):
@@ -35,10 +37,11 @@ class Texts:
         entry = entries.get(name)
         entry = entries.get(entry) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
-            raise InputError(f'{self.path}: no texts for data set {name}; add "{name}": {{"<class>": {FORM}, ...}}')
+            raise InputError(f'{self.path}: no texts for data set {name}, only for {", ".join(entries)}; add "{name}": '
+                             f'{{"<class>": {FORM}, ...}}')
         self.classes = entry
         self.described = [other for other, value in entries.items() if isinstance(value, dict)]  # with texts of its own
-        self.images = read_image_texts(per_image) if per_image else {}
+        self.file, self.images = per_image, read_image_texts(per_image) if per_image else {}
 
     def check(self, pairs):
         """InputError unless every (class, modality) of a data set has its texts; those of single images aside."""
@@ -49,8 +52,8 @@ class Texts:
         """The list of wordings of one attribute."""
         known = self.classes.get(target)
         if not isinstance(known, dict):
-            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; add under "{self.name}": '
-                             f'"{target}": {FORM}')
+            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; it has {known_names(target, self.classes)}'
+                             f'; give one of these, or add under "{self.name}": "{target}": {FORM}')
         texts = known.get(kind)
         where = f"{self.name}, {target}, {kind}"
         if isinstance(texts, dict):
@@ -61,6 +64,34 @@ class Texts:
         if not are_texts(texts):
             raise InputError(f'{self.path}: {where}: empty or blank; give "{kind}": ["..."], a list of texts')
         return texts
+
+    def check_images(self, images, targets):
+        """InputError if no text of single images is of one of these images (or cases) and targets, so that --texts would
+        change nothing; says which of them have none."""
+        pairs = [(image, target) for image in images for target in targets]
+        lacking = [pair for pair in pairs if pair not in self.images]
+        if self.images and len(lacking) == len(pairs):
+            raise InputError(f"--texts {self.file}: has no line for {' of '.join(pairs[0][::-1])}; it is of "
+                             f"{listed(' of '.join(pair[::-1]) for pair in self.images)}; correct its image or target, or "
+                             "leave --texts out")
+        if self.images and lacking:
+            print(f"--texts {self.file}: has no line for {listed(' of '.join(pair[::-1]) for pair in lacking)}; the "
+                  "texts of the class are taken")
+
+    def unused(self, sources):
+        """A line about the texts of single images that are of no image, case or class of these data sets, as readers/
+        gives them; "" if there are none. InputError if all of them are."""
+        if not self.images:
+            return ""
+        names = {name for source in sources for i in range(len(source)) for name in (source.key(i), source.case(i))}
+        classes = {target for source in sources for target in source.classes}
+        lost = [pair for pair in self.images if pair[0] not in names or pair[1] not in classes]
+        said = (f"--texts {self.file}: {len(lost)} of {len(self.images)} lines are of no image or class here, such as "
+                f"{listed(' of '.join(pair[::-1]) for pair in lost)}")
+        if len(lost) == len(self.images):
+            raise InputError(f"{said}; an image is called like {sources[0].key(0)}, a class like {sources[0].classes[0]}; "
+                             "correct the file, or leave --texts out")
+        return said if lost else ""
 
     def own(self, target, sample):
         """The texts of this very image, or of its case; {} where there are none, or no sample."""
@@ -121,6 +152,18 @@ class Texts:
         return {name: partial(draw_any, sources) for name, sources in found.items()}
 
 
+def listed(names, most=8):
+    """Names as a message has them."""
+    names = list(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def known_names(name, names):
+    """The names that there are, the ones like `name` first, for the message that this one is unknown."""
+    close = get_close_matches(name.lower(), names, 3)
+    return listed([*close, *(other for other in names if other not in close)], 12)
+
+
 def draw_any(sources, rng):
     """The texts of one of several sources, functions of rng."""
     return sources[rng.integers(len(sources))](rng=rng)
@@ -148,6 +191,10 @@ def read_image_texts(path):
                  for kind in ATTRIBUTES if kind in entry}
         if not all(isinstance(part, str) for part in name):
             raise InputError(f"{where}: image and target should be texts; correct the line")
+        unknown = [key for key in entry if key not in KEYS]
+        if unknown or not any(kind in entry for kind in ATTRIBUTES):
+            what = f"{unknown[0]} is not one of" if unknown else "says nothing; give one or more of"
+            raise InputError(f"{where}: {what} {', '.join(ATTRIBUTES)}; correct the line")
         for kind, value in texts.items():
             if not are_texts(value):
                 raise InputError(f"{where}: {kind} is empty or not text; write it, or leave {kind} out")

@@ -77,6 +77,8 @@ def set_up(args, rank, world, device, signals):
     r.val_prompt = "none" if args.prompt == "mixed" else args.prompt
     r.texts = Texts(args.dataset, args.attributes_file, args.texts)
     r.texts.check(train_set.source.pairs)
+    if unused := r.texts.unused([train_set.source, r.val_set.source]):
+        r.say(unused)
     if any(flag.split("=")[0] == "--decoder-lr" for flag in sys.argv):
         r.say("--decoder-lr is called --decoder-lr-scale now; the old name still works")
     make_folder(r.out)

@@ -115,7 +115,7 @@ class SAMed2D:
         What they show is then neither a target nor absent; so it is with masks that are too small.
         """
         source, modality, classes = self.group(i)
-        image = read_image(self.file(i), "RGB")
+        image = read_image(self.file(i))
         masks, targets, here, known = [], [], set(), self.looked_for
         for suffix, target in self.masks(i):
             if target is None:
@@ -130,8 +130,8 @@ class SAMed2D:
             if strict and not fits:
                 raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on "
                                  "one grid")
-            if strict and not mask.any():
-                raise InputError(f"{path}: empty; take the mask out of the data set")
+            if strict and (mask.all() or not mask.any()):
+                raise InputError(f"{path}: {'full' if mask.any() else 'empty'}; take the mask out of the data set")
             if fits and mask.mean() >= SMALLEST:
                 masks.append(mask)
                 targets.append(target)

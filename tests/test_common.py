@@ -1,4 +1,6 @@
 """common.py: one line on stderr and exit status 2 for what a user can cause."""
+import errno
+import multiprocessing
 import sys
 from unittest import mock
 
@@ -63,3 +65,57 @@ def test_json_and_folders(tmp_path):
         (tmp_path / name).touch()
     assert [path.name for path in common.visible(tmp_path, "*.png")] == ["a.png", "b.png"]
     assert common.visible(tmp_path / "nothere") == []
+
+
+def write_often(path, letter, size, count, failed):
+    for _ in range(count):
+        try:
+            with common.whole(path) as file:
+                for _ in range(20):
+                    file.write(letter * (size // 20))
+        except common.InputError:
+            failed.value += 1
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """What lies there is always the whole of one of them, and neither fails."""
+    path, contents = tmp_path / "x.bin", {b"a": 600_000, b"b": 400_000}
+    spawn = multiprocessing.get_context("fork")
+    failed = spawn.Value("i", 0)
+    writers = [spawn.Process(target=write_often, args=(path, *content, 40, failed)) for content in contents.items()]
+    [writer.start() for writer in writers]
+    while any(writer.is_alive() for writer in writers):
+        if path.is_file():
+            found = path.read_bytes()
+            assert found in [letter * size for letter, size in contents.items()]
+    assert not failed.value and [file.name for file in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_writing(tmp_path):
+    """Whole or not at all, under the longest name, where there are no locks, and in one line where it cannot be."""
+    for name, modules in (("a", {}), ("n" * 250, {}), ("b", dict(fcntl=None))):
+        with mock.patch.dict(sys.modules, modules):
+            common.write_atomically(tmp_path / name, b"old")
+            with pytest.raises(KeyError), common.whole(tmp_path / name) as file:
+                file.write(b"new")
+                raise KeyError
+            assert (tmp_path / name).read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 3
+    fails(lambda: common.write_atomically(tmp_path / "none/x", b""), tmp_path / "none/x", "cannot be written")
+    fails(lambda: common.write_atomically(tmp_path / ("n" * 260), b""), "too long")
+
+    def full():
+        with common.writing(tmp_path / "log"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    fails(full, tmp_path / "log", "No space left on device", "make room")
+
+
+@pytest.mark.parametrize("number, status", [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EPIPE, 141)])
+def test_what_the_system_refuses_is_one_line(monkeypatch, capfd, number, status):
+    def main():
+        raise OSError(number, "refused", "some/file")
+    monkeypatch.setattr(sys, "argv", ["t.py"])
+    monkeypatch.setattr("os.dup2", lambda *a: None)
+    with pytest.raises(SystemExit) as e:
+        common.run(main)
+    assert e.value.code == status and capfd.readouterr().err.count("\n") == (status == 2)

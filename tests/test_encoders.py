@@ -359,3 +359,20 @@ def test_where_nothing_can_be_downloaded_the_light_pair_is_named(flags, tmp_path
     monkeypatch.setattr("open_clip.create_model", refuse)
     with pytest.raises(InputError, match="--light"):
         MedSegR(Config(**flags, image_size=64))
+
+
+@pytest.mark.parametrize("spec", ["minilm", "ViT-B-16-quickgelu:random"])
+def test_words_beyond_the_context_are_named(spec, capsys):
+    """Just those that change nothing, once a text."""
+    tower = encoders.TextEncoder(spec)
+    text = " ".join(f"word{i}" if i % 7 else "hemidiaphragm," for i in range(60))
+    cut = tower.beyond(text)
+    read = text.removesuffix(cut)
+    assert cut and read != text and tower.beyond(read) == "" == tower.beyond("short") == tower.beyond("")
+    assert torch.equal(tower.tokenizer([text]), tower.tokenizer([read + cut.split()[0] + " nothing of that"]))
+    capsys.readouterr()
+    for _ in range(2):
+        tower.kept.clear()
+        tower.tokens(text), tower.tokens(read.strip())
+    said = capsys.readouterr().out
+    assert said.count(f'"{cut}"') == 1 and said.count("cut off") == 1 and "77 tokens" in said

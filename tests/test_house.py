@@ -15,7 +15,7 @@ MAY = {
     "ops": ("ops",),
     "texts": ("common",),
     "metrics": ("common",),
-    "plots": (),
+    "plots": ("common",),
     "encoders": ("common",),
     "readers": ("common", "readers"),
     "readers.check": ("common", "readers", "metrics", "plots"),

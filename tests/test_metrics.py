@@ -8,7 +8,7 @@ import pytest
 from scipy.ndimage import binary_erosion
 
 from conftest import fails
-from metrics import (METRICS, bootstrap_means, dice, hd95, iou, overlap_rate, print_table, score, score_labels,
+from metrics import (METRICS, Journal, bootstrap_means, dice, hd95, iou, overlap_rate, print_table, score, score_labels,
                      score_table, summarise)
 from readers.synapse import ORGANS
 
@@ -347,3 +347,21 @@ def test_rows_of_several_processes_are_gathered_in_order():
     mixed = [row for part in (2, 0, 1) for row in rows if row["image"] % 3 == part]
     pd.testing.assert_frame_equal(score_table(mixed), score_table(rows))
     assert score_table(mixed)["dice"].tolist() == [row["dice"] for row in rows]
+
+
+def test_partial_files_of_any_name(tmp_path):
+    """Brackets in the name; a line of nothing but zeros, as a machine that went down leaves it; a full disk."""
+    for name in ("e[1].json", "*.json"):
+        journal = Journal(tmp_path / name, settings="{}")
+        journal.begin()
+        journal.add(3, [dict(dice=1.0)])
+        journal.file.close()
+        part, = journal.parts()
+        part.write_text(part.read_text() + "\0\0\n3\n{}\n")
+        again = Journal(tmp_path / name, settings="{}")
+        assert again.done == {3} and again.rows == [dict(dice=1.0)]
+        again.file = open("/dev/full", "w")
+        fails(lambda: again.add(4, []), name.strip("*"), "No space left")
+        again.file = part.open()
+        again.remove()
+        assert not part.exists()

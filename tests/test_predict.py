@@ -10,6 +10,7 @@ from PIL import Image
 import plots
 import predict
 from common import ATTRIBUTES, LIGHT, InputError
+from conftest import fails
 from inference import explain
 from medsegr import Config, MedSegR
 from runs import save_checkpoint
@@ -31,7 +32,7 @@ def test_an_image(model, tmp_path, monkeypatch, capsys):
     command(monkeypatch, model[1], tmp_path / "x.png", "--target", "liver", "--target", "left kidney", "--explain",
             "--out", tmp_path / "o", "--box", 3, 4, 30, 40, "--box", 40, 4, 70, 40)
     files = {f.name for f in (tmp_path / "o").iterdir()}
-    assert files == {"x-liver.png", "x-left_kidney.png", "x-overlay.png", "x-liver-explained.png",
+    assert files == {"x-input.json", "x-liver.png", "x-left_kidney.png", "x-overlay.png", "x-liver-explained.png",
                      "x-left_kidney-explained.png"}
     assert Image.open(tmp_path / "o/x-liver.png").size == (80, 48)
     assert set(np.unique(np.asarray(Image.open(tmp_path / "o/x-liver.png")))) <= {0, 255}
@@ -107,7 +108,8 @@ def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, ca
         predict.main()
     save_checkpoint(model[0], "weights/abdomen-ct.safetensors", dataset="synapse")
     predict.main()
-    assert {f.name for f in (tmp_path / "o").iterdir()} == {f"{n}-{what}.png" for n in "ab" for what in ("liver", "overlay")}
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {
+        f"{n}-{what}" for n in "ab" for what in ("liver.png", "overlay.png", "input.json")}
     assert f"checkpoint {tmp_path}/weights/abdomen-ct.safetensors: backbone" in capsys.readouterr().out
 
 
@@ -141,3 +143,124 @@ def test_bad_input_is_named(flags, named, model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=named.replace("(", "")) as e:
         command(monkeypatch, model[1], *flags, "--out", tmp_path / "o")
     assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose results they are
+
+def gray(path, value=90, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).save(path)
+    return path
+
+
+@pytest.mark.parametrize("path, name", [
+    ("scan.nii.gz", "scan"), ("scan.v2.NII", "scan.v2"), ("a/b.tar.png", "b.tar"), ("1.2.840.1", "1.2.840.1"),
+    (".png", ".png"), ("x", "x"), (".", "here"), ("..", "above"), ("../here/", "here"), ("a/..", "here"), ("/", "input")])
+def test_names(path, name, tmp_path, monkeypatch):
+    here = tmp_path / "above/here"
+    (here / "a").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    path = predict.Path(path)
+    if not path.exists():
+        path.touch()
+    assert predict.name_of(path) == name
+
+
+def test_results_of_another_input_are_never_replaced(model, tmp_path, monkeypatch, capsys):
+    one, two, out = gray(tmp_path / "1/x.png"), gray(tmp_path / "2/x.png", 200), tmp_path / "o"
+    ask = lambda path, *flags, target="liver": command(monkeypatch, model[1], path, "--target", target, "--out", out, *flags)
+    ask(one)
+    made = {path: path.read_bytes() for path in out.iterdir()}
+    for again in (two, gray(tmp_path / "3/x.jpg"), out / "x-liver.png"):
+        if again.parent != out:
+            fails(lambda: ask(again), again, one, "another input", "--out")
+            fails(lambda: ask(again, target="spleen"), again, one)
+    assert made == {path: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    ask(one)  # itself is asked again
+    assert "has changed" not in capsys.readouterr().out
+    ask(one, target="spleen")
+    gray(one, 10)
+    ask(one)
+    assert "has changed since its last results" in capsys.readouterr().out
+
+
+def test_files_of_nobody_knows_whom_are_not_replaced(model, tmp_path, monkeypatch):
+    """The truth beside an image, when the results are to lie there as well; an input that is called like a result."""
+    image, truth = gray(tmp_path / "x.png"), gray(tmp_path / "x-liver.png", 255)
+    ask = lambda *inputs: command(monkeypatch, model[1], *inputs, "--target", "liver", "--out", tmp_path)
+    content = truth.read_bytes()
+    fails(lambda: ask(image), truth, "there already", "--out")
+    fails(lambda: ask(truth, image), truth, "there already")
+    assert truth.read_bytes() == content and {path.name for path in tmp_path.iterdir()} == {"x.png", "x-liver.png"}
+
+
+def test_a_claim_goes_where_nothing_could_be_made(model, tmp_path, monkeypatch):
+    (tmp_path / "x.png").write_bytes(gray(tmp_path / "y.png").read_bytes()[:40])
+    with pytest.raises(InputError):
+        command(monkeypatch, model[1], tmp_path / "x.png", "--target", "liver", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").is_dir() or not list((tmp_path / "o").iterdir())
+
+
+def test_pages_deep_pictures_and_odd_targets(model, tmp_path, monkeypatch, capsys):
+    pages = [Image.fromarray(np.full((30, 40), n, np.uint8)) for n in range(3)]
+    pages[0].save(tmp_path / "s.tif", save_all=True, append_images=pages[1:])
+    ask = lambda name, *flags: command(monkeypatch, model[1], tmp_path / name, *flags, "--out", tmp_path / "o")
+    fails(lambda: ask("s.tif", "--target", "liver"), "s.tif", "3 pages")
+    for n in (0, 2):
+        ask("s.tif", "--target", "liver", "--page", n)
+    assert {"s-page000-liver.png", "s-page002-liver.png"} <= {path.name for path in (tmp_path / "o").iterdir()}
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)).save(tmp_path / "deep.png")
+    ask("deep.png", "--target", "liver")
+    assert "values from 0 to 1199" in capsys.readouterr().out
+    gray(tmp_path / "x.png")
+    fails(lambda: ask("x.png", "--target", "liver", "--window", 1, 2), "--window")
+    fails(lambda: ask("x.png", "--target", "liver", "--target", "liver"), "--target liver")
+    (tmp_path / "a.json").write_text(json.dumps(dict(synapse={
+        name: {kind: ["text"] for kind in ATTRIBUTES} for name in ("../a b", "../a_b", "overlay")})))
+    odd = "--dataset", "synapse", "--attributes-file", tmp_path / "a.json"
+    ask("x.png", "--target", "../a b", *odd)
+    assert (tmp_path / "o/x-.._a_b.png").is_file()
+    fails(lambda: ask("x.png", "--target", "../a b", "--target", "../a_b", *odd), "--target ../a b")
+    fails(lambda: ask("x.png", "--target", "overlay", *odd), "--target overlay")
+
+
+@pytest.mark.parametrize("flag, value", [("--texts", "t.jsonl"), ("--dataset", "demo"), ("--attributes-file", "a.json")])
+def test_what_would_not_be_used_is_refused(flag, value, tmp_path, monkeypatch):
+    free = [part for kind in ATTRIBUTES for part in (f"--{kind}", "x")]
+    fails(lambda: command(monkeypatch, "none", gray(tmp_path / "x.png"), *free, flag, value), flag, "leave it out")
+
+
+@pytest.mark.parametrize("text", ["a$\\b$", "$x^{$", "M\udcfcller", "\0\x1b[3m", "_hidden", "肝臓", "", "x" * 300, "a\nb"])
+def test_pictures_with_any_text(text, tmp_path):
+    image, mask = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), bool)
+    mask[5:9, 4:20] = True
+    plots.contact_sheet([(text, image, [(text, mask)])], tmp_path / "x.png", text)
+    plots.curves([], tmp_path / "y.png", text)
+    assert all(Image.open(tmp_path / name).size[0] > 100 for name in ("x.png", "y.png"))
+    fails(lambda: plots.curves([], tmp_path / "none/x.png", text), "none/x.png", "cannot be written")
+
+
+def test_names_below_an_underscore_are_in_the_legend(monkeypatch, tmp_path):
+    image, mask, drawn = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), bool), []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.contact_sheet([("slice", image, [("_liver", mask), ("$spleen$", mask)])], tmp_path / "x.png", "two")
+    assert [text.get_text().strip() for text in drawn[0].legends[0].get_texts()] == ["_liver", "$spleen$"]
+    plots.plt.close(drawn[0])
+
+
+def test_a_large_picture_is_thinned_where_it_is_drawn(model, tmp_path):
+    """Masks have every pixel; the explanation has every third, with its prompts where they were."""
+    image = np.random.default_rng(0).integers(0, 255, (2400, 150, 3), dtype=np.uint8)
+    boxes = np.array([[30, 900, 120, 1500]], np.float32)
+    answer = predict.predict_image(model[0], image, [TEXT], boxes)
+    assert answer.masks.shape == (1, 2400, 150) and np.array_equal(answer.masks, (answer.logits > 0).numpy())
+    found = explain(model[0], image, answer, 0, [TEXT], boxes)
+    assert found.image.shape == (800, 50, 3) and found.step == 3 and found.probability.shape == (800, 50)
+    assert np.abs(found.box - boxes[0] / 3).max() < 1
+    rate = (found.probability > 0.5).mean() - answer.masks.mean()
+    assert abs(rate) < 0.01 and (found.without["shape"].shape == (800, 50))
+    plots.explanation(tmp_path / "x.png", "thing", found)
+    assert np.array_equal(explain(model[0], image[:600], predict.predict_image(model[0], image[:600], [TEXT]), 0,
+                                  [TEXT]).image, image[:600])

@@ -576,15 +576,27 @@ def test_bad_kvasir(tmp_path):
     for cut in (0, 1, 8, 50, *rng.integers(0, len(whole) - 20, 20)):
         image.write_bytes(whole[:cut])
         fails(lambda: dataset[0], image, "copy it again")
-    Image.fromarray(np.zeros((30, 44), np.uint16)).save(image)
-    fails(lambda: dataset[0], image, "8 bits")
     image.write_bytes(whole)
     Image.fromarray(np.zeros((30, 43), np.uint8)).save(mask)
     fails(lambda: dataset[0], mask, "[30, 43]", "[30, 44]")
     mask.unlink()
     fails(lambda: dataset[0], mask, "missing")
-    Image.fromarray(np.zeros((30, 44), np.uint8)).save(mask)
-    fails(lambda: dataset[0], mask, "empty")
+    for value, words in ((0, "empty"), (255, "full")):
+        Image.fromarray(np.full((30, 44), value, np.uint8)).save(mask)
+        fails(lambda: dataset[0], mask, words)
+    Image.fromarray(np.arange(30 * 44, dtype=np.uint8).reshape(30, 44) % 3).save(mask)
+    fails(lambda: dataset[0], mask, "3 values (0, 1, 2)")
+
+
+def test_kvasir_says_what_it_does_not_use(tmp_path):
+    kvasir(tmp_path, ["a.1", "a.2", "b", "c"], suffix=".png")
+    (tmp_path / "train.txt").write_text("a.1\nb.png\n"), (tmp_path / "test.txt").write_text("a.2\n")
+    dataset = open_dataset("kvasir", tmp_path, "test", 32)
+    assert keys(dataset) == ["a.2"] and "c.png, one of 1" in dataset.source.problems[0]
+    (tmp_path / "test.txt").write_text("a.2\nb\n")
+    fails(lambda: open_dataset("kvasir", tmp_path, "test"), "test.txt", "names b")
+    (tmp_path / "images/b.jpg").touch()
+    fails(lambda: open_dataset("kvasir", tmp_path, "test"), "b.p", "b.jpg")
 
 
 def test_real_kvasir(real_data):

@@ -1,4 +1,5 @@
 """runs.py: what is saved comes back, and what is damaged is named."""
+import csv
 import json
 import os
 
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import runs
 from common import LIGHT, InputError
+from conftest import fails
 from medsegr import Config, MedSegR
 from runs import default_checkpoint, load_checkpoint, load_training, newest_checkpoint, save_checkpoint
 from test_medsegr import FIVE, INDEX, perturb, small
@@ -125,3 +127,22 @@ def test_damaged_training_state_is_named(tmp_path):
     optimizer = torch.optim.AdamW(model.trained().values())
     with pytest.raises(InputError, match="damaged"):
         load_training(tmp_path / "training.safetensors", model, optimizer)
+
+
+def test_the_log_goes_on_and_a_full_disk_is_one_line(tmp_path):
+    log = runs.Log(tmp_path, 0)
+    log.add(step=1, epoch=0, loss=0.5), log.add(step=2, epoch=0, loss=0.25)
+    again = runs.Log(tmp_path, 1)
+    again.add(step=2, epoch=0, loss=0.125)
+    assert [row["loss"] for row in runs.read_log(tmp_path / "log.csv")] == [0.5, 0.125]
+    again.file = open("/dev/full", "w")
+    again.writer = csv.DictWriter(again.file, runs.COLUMNS)
+    fails(lambda: again.add(step=3, epoch=0), tmp_path / "log.csv", "No space left")
+
+
+def test_hidden_folders_hold_no_newest_checkpoint(tmp_path):
+    for name in (".Trash", "run"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").touch()
+        assert name == "run" or pytest.raises(InputError, newest_checkpoint, tmp_path)
+    assert newest_checkpoint(tmp_path) == tmp_path / "run"

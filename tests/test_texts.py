@@ -238,3 +238,39 @@ def strings(value):
     if isinstance(value, str):
         return [value]
     return [s for v in (value.values() if isinstance(value, dict) else value) for s in strings(v)]
+
+
+def test_texts_that_match_nothing_are_said(tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps(dict(image=image, target=target, shape="round")) for image, target in (
+        ("a", "liver"), ("a", "spleen"), ("b", "liver"))))
+    texts = Texts("demo", per_image=path)
+    texts.check_images(["a"], ["liver", "spleen"])
+    assert capsys.readouterr().out == ""
+    texts.check_images(["a", "b"], ["spleen"])
+    assert "no line for spleen of b" in capsys.readouterr().out
+    fails(lambda: texts.check_images(["c"], ["liver"]), path, "no line for liver of c", "liver of a, spleen of a")
+    source = open_dataset("demo").source
+    source.classes, source.key = ("liver",), lambda i: "a"
+    assert "2 of 3 lines" in texts.unused([source]) and "spleen of a, liver of b" in texts.unused([source])
+    source.classes = ("aorta",)
+    fails(lambda: texts.unused([source]), path, "3 of 3 lines", "called like a")
+    assert Texts("demo").unused([source]) == ""
+    for line, words in ((dict(image="a", target="liver", texure="x"), "texure is not one of position"),
+                        (dict(image="a", target="liver"), "says nothing")):
+        path.write_text(json.dumps(line))
+        fails(lambda: Texts("demo", per_image=path), path, "line 1", words)
+
+
+@pytest.mark.parametrize("space", ["\x85", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c"])
+def test_lines_end_at_line_feeds_alone(tmp_path, space):
+    path, text = tmp_path / "t.jsonl", f"left{space}of it"
+    for ascii in (True, False):
+        path.write_text(json.dumps(dict(image="a", target="liver", position=text), ensure_ascii=ascii) + "\r\n",
+                        encoding="utf-8")
+        assert Texts("demo", per_image=path).images["a", "liver"] == dict(position=[text])
+
+
+def test_unknown_names_list_the_known(tmp_path):
+    fails(lambda: Texts("synapse")("livr", "ct"), "livr", "it has liver, ", "spleen")
+    fails(lambda: Texts("nothere"), "nothere", "synapse", "kvasir")
