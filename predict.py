@@ -1,6 +1,7 @@
 """Masks for your own images (PNG, JPEG), volumes (NIfTI) or DICOM series, from texts, and with boxes or points.
 
     python predict.py scan.nii.gz --target liver --target spleen --out result
+    python predict.py series/ --target liver --series 3 --out result
     python predict.py slice.png --position "upper left of the image" --texture "homogeneous" --shape "large wedge"
     python predict.py slice.png --target liver --box 20 60 130 190 --explain
 
@@ -17,14 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import plots
 from common import (ATTRIBUTES, InputError, Parser, add_runtime_flags, make_folder, number, run,
                     whole, write_atomically)
 from data import VARIATION
-from inference import explain, gray_image, largest_components, predict_image, predict_volume, wordings
+from readers.dicom import is_dicom, read_dicom
 from readers.pictures import read_image
-from readers.volumes import read_dicom, read_nifti, write_nifti
-from runs import default_checkpoint, load_checkpoint
+from readers.volumes import is_nifti, read_nifti, write_nifti
 from texts import Texts
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -45,11 +44,12 @@ def parse():
     add("--mean-wordings", type=number(1, 100, int), default=1, metavar="N",
         help="the mean over up to N wordings of a target's texts")
     add("--modality", default="ct", choices=VARIATION)
-    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
+    add("--window", type=number(), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
+    add("--series", help="which one of a DICOM folder, by its number or UID")
     add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"), help="one per target, in pixels")
     add("--point", type=float, nargs="+", action="append", metavar="X Y [1|0]",
         help="in pixels, 1 inside (default) or 0 outside; with a single target")
-    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet; boxes and points need it")
+    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet, or frame of a film; boxes and points need it")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
@@ -63,6 +63,8 @@ def parse():
         raise InputError(f"--{next(k for k in ATTRIBUTES if k not in free)}: missing; give all three texts, or --target")
     if free and args.mean_wordings > 1:
         raise InputError("--mean-wordings: is for the texts of a --target; leave it out")
+    if args.window and args.window[0] >= args.window[1]:
+        raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: black comes first; give LOW below HIGH")
     args.names = args.target or ["target"]
     if args.box and len(args.box) != len(args.names):
         raise InputError(f"--box: {len(args.box)} boxes for {len(args.names)} targets; give one for each")
@@ -87,23 +89,32 @@ def name_of(path):
 
 
 def read_input(path, args):
-    """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None)."""
-    if path.is_dir():
-        pixels, grid = read_dicom(path, args.window, args.modality)
-    elif path.name.endswith((".nii", ".nii.gz")):
-        pixels, grid = read_nifti(path, args.window, args.modality)
+    """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None, the window of its values or
+    None), by what the file holds, whatever it is called."""
+    dicom = path.is_dir() or is_dicom(path)
+    if dicom:
+        pixels, grid, window = read_dicom(path, args.window, args.modality, args.series, args.slice)
+    elif is_nifti(path):
+        pixels, grid, window = read_nifti(path, args.window, args.modality)
     elif path.suffix.lower() in IMAGES:
-        pixels, grid = read_image(path, "RGB"), None
+        pixels, grid, window = read_image(path, "RGB"), None, None
     else:
-        raise InputError(f"{path}: not a PNG, JPEG, NIfTI file (.nii, .nii.gz) or DICOM folder; convert it")
-    if args.slice is not None and not (grid and 0 <= args.slice < len(pixels)):
+        raise InputError(f"{path}: not a PNG, JPEG, NIfTI file (.nii, .nii.gz) or DICOM file or folder; convert it")
+    if args.series and not dicom:
+        raise InputError(f"--series {args.series}: {path} is not DICOM; leave it out")
+    if args.window and not window:
+        raise InputError(f"--window: is for volumes and gray DICOM images, not for {path}; leave it out")
+    if args.slice is not None and not (dicom and not grid) and not (grid and 0 <= args.slice < len(pixels)):
         raise InputError(f"--slice {args.slice}: " + (f"the volume has slices 0 to {len(pixels) - 1}" if grid else
                                                       "the image is no volume; leave it out"))
     if (args.box or args.point) and grid and args.slice is None:
-        raise InputError("--box and --point lie on one slice of a volume; say which with --slice")
+        if len(pixels) > 1:
+            raise InputError("--box and --point lie on one slice of a volume; say which with --slice")
+        args.slice = 0
     if args.largest_component and (not grid or args.slice is not None):
         raise InputError(f"--largest-component: is for whole volumes, not for an image such as {path}; leave it out")
-    return pixels, grid
+    check_prompts(args, pixels.shape[1:] if grid else pixels.shape[:2])
+    return pixels, grid, window
 
 
 def check_prompts(args, size):
@@ -124,6 +135,7 @@ def check_prompts(args, size):
 
 def write_image(args, name, image, answer):
     """A PNG of 0 and 255 for each target, and all of them over the image."""
+    import plots
     masks = list(zip(args.names, answer.masks))
     for (target, mask), iou in zip(masks, answer.iou.tolist()):
         with whole(args.out / f"{name}-{target.replace(' ', '_')}.png") as file:
@@ -134,6 +146,8 @@ def write_image(args, name, image, answer):
 
 def write_volume(args, name, volume, label, grid, seconds):
     """The label map, what its numbers mean, and three slices of it: amid what was found, and half way to both ends."""
+    import plots
+    from inference import gray_image
     write_nifti(args.out / f"{name}-label.nii.gz", label, grid)
     targets = dict(enumerate(args.names, 1))
     write_atomically(args.out / f"{name}-labels.json", json.dumps(targets, indent=1).encode())
@@ -146,32 +160,41 @@ def write_volume(args, name, volume, label, grid, seconds):
     plots.contact_sheet(pictures, args.out / f"{name}-overlay.png", name, 3)
 
 
-def predict_input(args, model, texts, path):
-    """One image, slice or volume, from its file to the results."""
+def predict_input(args, model, texts, path, read=None):
+    """One image, slice or volume, from its file, or from what was read of it, to the results."""
+    import inference
+    import plots
     name, this = name_of(path), SimpleNamespace(key=name_of(path), case=name_of(path))
-    asked = ([wordings(texts, args.mean_wordings, target, args.modality, this) for target in args.target]
+    asked = ([inference.wordings(texts, args.mean_wordings, target, args.modality, this) for target in args.target]
              if args.target else [[{kind: getattr(args, kind) for kind in ATTRIBUTES}]])
-    pixels, grid = read_input(path, args)
+    pixels, grid, window = read or read_input(path, args)
+    if window:
+        print(f"{path}: black is {window[0]:g}, white {window[1]:g}")
     z, whole_volume, started = args.slice, grid and args.slice is None, time.time()
     if whole_volume:
-        label = predict_volume(model, pixels, asked, args.precision)
-        label = largest_components(label) if args.largest_component else label
+        label = inference.predict_volume(model, pixels, asked, args.precision)
+        label = inference.largest_components(label) if args.largest_component else label
         write_volume(args, name, pixels, label, grid, time.time() - started)
         z = int(np.argmax((label > 0).sum((1, 2))))  # the slice to explain
-    if grid:
-        pixels, name = gray_image(pixels, z), f"{name}-slice{z:03d}"
+    pixels = inference.gray_image(pixels, z) if grid else pixels
+    name = name if z is None else f"{name}-slice{z:03d}"
     boxes, points = check_prompts(args, pixels.shape[:2])
-    answer = predict_image(model, pixels, asked, boxes, points, args.precision)
+    answer = inference.predict_image(model, pixels, asked, boxes, points, args.precision)
     if not whole_volume:
         write_image(args, name, pixels, answer)
     for i, target in enumerate(args.names if args.explain else ()):
         file = args.out / f"{name}-{target.replace(' ', '_')}-explained.png"
-        plots.explanation(file, target, explain(model, pixels, answer, i, asked, boxes, points, args.precision))
+        plots.explanation(file, target, inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision))
         print(f"wrote {file}")
 
 
 def main():
     args = parse()
+    # First of all the inputs, and all of them: what is wrong with one is said before anything is loaded, and what the
+    # model needs is imported after that, since it takes longer. Only the last one is kept, they may be many.
+    for path in args.inputs:
+        read = read_input(path, args)
+    from runs import default_checkpoint, load_checkpoint
     checkpoint = args.checkpoint or default_checkpoint(args.modality)
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -179,7 +202,7 @@ def main():
     make_folder(args.out)
     print(f"checkpoint {checkpoint}: {model.describe()}")
     for path in args.inputs:
-        predict_input(args, model, texts, path)
+        predict_input(args, model, texts, path, read if path == args.inputs[-1] else None)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import inference
 import plots
 import predict
 from common import ATTRIBUTES, LIGHT, InputError
@@ -46,7 +47,7 @@ def test_texts_of_a_report(model, tmp_path, monkeypatch):
     Image.new("RGB", (40, 40), "gray").save(tmp_path / "x.png")
     (tmp_path / "t.jsonl").write_text(json.dumps(dict(image="x", target="cyst", source="rules", **TEXT)))
     seen = []
-    monkeypatch.setattr(predict, "predict_image", lambda model, image, texts, *a, f=predict.predict_image, **k:
+    monkeypatch.setattr(inference, "predict_image", lambda model, image, texts, *a, f=inference.predict_image, **k:
                         seen.append(texts) or f(model, image, texts, *a, **k))
     command(monkeypatch, model[1], tmp_path / "x.png", "--target", "cyst", "--texts", tmp_path / "t.jsonl", "--out", tmp_path)
     assert seen == [[[TEXT]]]
@@ -59,7 +60,7 @@ def test_explanations_of_models_with_parts_switched_off(off, tmp_path):
     model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8, **off)).eval()
     image = np.zeros((40, 40, 3), np.uint8)
     points = np.array([[[5, 6]]], np.float32), np.array([[1]])
-    answer = predict.predict_image(model, image, [TEXT], points=points)
+    answer = inference.predict_image(model, image, [TEXT], points=points)
     plots.explanation(tmp_path / "x.png", "thing", explain(model, image, answer, 0, [TEXT], None, points))
     assert (tmp_path / "x.png").stat().st_size > 20_000
 
@@ -88,7 +89,7 @@ def test_switches_of_a_volume(model, tmp_path, monkeypatch):
         label[1:3, 1:3, 1], label[5, 6, 4] = 1, 1
         return label
 
-    monkeypatch.setattr(predict, "predict_volume", two_parts)
+    monkeypatch.setattr(inference, "predict_volume", two_parts)
     flags = tmp_path / "v.nii.gz", "--target", "liver", "--out", tmp_path
     for switches, voxels, wordings in (((), 5, 1), (("--largest-component", "--mean-wordings", 3), 4, 3)):
         command(monkeypatch, model[1], *flags, *switches)
