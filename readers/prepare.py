@@ -78,8 +78,8 @@ def read_label(grid, table):
     5.98 for 6, are rounded; ids that were interpolated lie anywhere between whole numbers, and are an InputError."""
     label = np.empty(grid.shape, np.uint8)
     for part, slab in slabs(grid, label):
-        ids = np.rint(slab)
-        wrong = (ids < 0) | (ids >= len(table)) | ~(np.abs(slab - ids) < 0.05)  # the last finds NaN as well
+        ids = np.clip(np.rint(slab), 0, len(table) - 1)
+        wrong = ~(np.abs(slab - ids) < 0.05)  # finds NaN as well
         if wrong.any():
             raise InputError(f"{grid.path}: label {slab[wrong][0]} is not one of the challenge's ids, "
                              f"0..{len(table) - 1}; take its own file")
