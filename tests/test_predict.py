@@ -14,6 +14,7 @@ from common import ATTRIBUTES, LIGHT, InputError
 from inference import explain
 from medsegr import Config, MedSegR
 from runs import save_checkpoint
+from test_dicom import HU, dataset, save, series
 from test_volumes import volume_file
 
 TEXT = dict(position="on the left", texture="bright", shape="round")
@@ -76,6 +77,37 @@ def test_a_volume(model, tmp_path, monkeypatch, capsys):
     command(monkeypatch, model[1], tmp_path / "v.nii.gz", *free, "--slice", 2, "--point", 1, 1, "--point", 2, 2, 0,
             "--out", tmp_path / "p")
     assert (tmp_path / "p/v-slice002-target.png").is_file()
+
+
+def test_a_dicom_slice(model, tmp_path, monkeypatch, capsys):
+    """A single file: a volume of one slice, on which a box may lie as on an image; the window is told."""
+    file = series(tmp_path / "s", np.tile(HU[:1], (1, 8, 8))) / "000.dcm"
+    command(monkeypatch, model[1], file, "--target", "liver", "--out", tmp_path / "o")
+    label = nib.load(tmp_path / "o/000-label.nii.gz")
+    assert label.shape == (56, 40, 1) and "black is -125, white 275" in capsys.readouterr().out
+    for flags in ((), ("--slice", 0)):
+        command(monkeypatch, model[1], file, "--target", "liver", "--box", 5, 5, 20, 20, *flags, "--out", tmp_path / "p")
+        assert Image.open(tmp_path / "p/000-slice000-liver.png").size == (56, 40)
+    save(dataset(np.zeros((3, 40, 56), np.uint8), Modality="US"), tmp_path / "film")
+    command(monkeypatch, model[1], tmp_path / "film", "--target", "liver", "--slice", 2, "--out", tmp_path / "q")
+    assert Image.open(tmp_path / "q/film-slice002-liver.png").size == (56, 40)
+
+
+def test_inputs_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
+    """All of them, and without a checkpoint, so that a refusal costs no more than it must."""
+    monkeypatch.setattr("runs.load_checkpoint", lambda *a, **k: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("runs.default_checkpoint", lambda *a, **k: pytest.fail("the model was looked for first"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("x.png")
+    volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)
+    (tmp_path / "cut.nii").write_bytes((tmp_path / "v.nii").read_bytes()[:-9])
+    for flags, named in (("x.png v.nii cut.nii", "cut.nii"), ("v.nii --window 275 -125", "--window 275 -125"),
+                         ("v.nii --window nan 3", "--window"), ("x.png --window 0 3", "--window"),
+                         ("x.png --series 3", "--series 3"), ("v.nii --series 3", "--series 3"),
+                         ("x.png --box 1 2 300 4", "--box"), ("v.nii --slice 2 --box 1 2 300 4", "--box")):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *flags.split(), "--target", "liver"])
+        with pytest.raises(InputError, match=named):
+            predict.main()
 
 
 def test_switches_of_a_volume(model, tmp_path, monkeypatch):
