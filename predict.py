@@ -33,7 +33,7 @@ def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT",
-        help="a PNG or JPEG, a NIfTI volume (.nii, .nii.gz), or the folder of a DICOM series")
+        help="a PNG or JPEG, a NIfTI volume (.nii, .nii.gz), a DICOM file or the folder of a series")
     add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else, for CT, weights/'s)")
     add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
     for kind in ATTRIBUTES:
@@ -169,7 +169,7 @@ def predict_input(args, model, texts, path, read=None):
              if args.target else [[{kind: getattr(args, kind) for kind in ATTRIBUTES}]])
     pixels, grid, window = read or read_input(path, args)
     if window:
-        print(f"{path}: black is {window[0]:g}, white {window[1]:g}")
+        print(f"{path}: shown are its values from {window[0]:g} to {window[1]:g}")
     z, whole_volume, started = args.slice, grid and args.slice is None, time.time()
     if whole_volume:
         label = inference.predict_volume(model, pixels, asked, args.precision)

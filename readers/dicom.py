@@ -15,7 +15,7 @@ from pydicom import uid
 from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder
 
 from common import InputError, visible
-from readers.volumes import choose_window, gray, make_grid, some, upright
+from readers.volumes import choose_window, first_bytes, gray, make_grid, some, upright
 
 # what lies beside slices and is none; DICOM files that hold no image tell it by their class
 NOTES = (".txt", ".md", ".xml", ".json", ".pdf", ".csv", ".tsv", ".html", ".htm", ".log", ".ini", ".inf", ".db")
@@ -60,9 +60,8 @@ class Slice:
 
 def is_dicom(path):
     """By its bytes: DICM after a preamble, or, without one, the first element of a header in either byte order."""
-    with open(path, "rb") as file:
-        start = file.read(132)
-    return start[128:] == b"DICM" or start[:2] in (b"\2\0", b"\10\0") and start[3:4] == b"\0" or start[:2] == b"\0\10"
+    start = first_bytes(path)
+    return start[128:132] == b"DICM" or start[:2] in (b"\2\0", b"\10\0") and start[3:4] == b"\0" or start[:2] == b"\0\10"
 
 
 def load(path, **options):
@@ -180,9 +179,11 @@ def read_pixels(one):
             array = (array >> 8 * (array.dtype.itemsize - 1)).astype(np.uint8)
         return array.reshape(one.frames, *one.shape, *((3,) if one.colour else ()))
     except Exception as e:  # pydicom and its decoders raise nearly anything
-        remedy = "copy it again, or store it uncompressed"
-        if codec and "pylibjpeg" not in codec.available_plugins and "pylibjpeg" in str(codec.missing_dependencies):
-            remedy = CODECS
+        remedy, lacking = "copy it again, or store it uncompressed", codec and str(codec.missing_dependencies)
+        if "PixelData" not in head:
+            remedy = "the file is cut off; copy it again"
+        elif codec and ("pylibjpeg-libjpeg" in lacking or "pylibjpeg-openjpeg" in lacking):
+            remedy = f"{CODECS}, or copy it again"
         raise InputError(f"{one.path}: its pixels, stored as {name}, cannot be read ({' '.join(str(e).split())[:150]}); "
                          f"{remedy}") from None
 
@@ -238,7 +239,7 @@ def fit(slices):
     normal = np.cross(row, column)
     slices.sort(key=lambda s: normal @ s.position)
     places = np.stack([s.position for s in slices])
-    start, step = places[0], normal * (slices[0].thickness or 1)
+    start, step = places[0], normal * abs(slices[0].thickness or 1)
     if len(slices) > 1:
         number = np.arange(len(slices))
         step, start = np.polyfit(number, places, 1)
@@ -313,8 +314,9 @@ def read_dicom(path, window, modality, series=None, frame=None):
             raise InputError(f"{path}: {len(slices)} frames that do not say where they lie; choose one with --slice, 0 to "
                              f"{len(slices) - 1}")
         return read_image(slices[frame], window, modality)
-    if len(slices) == 1 and (first.colour or first.position is None and first.orientation is None):
-        if frame:
+    axial = first.orientation is None or np.abs(np.cross(*first.orientation.reshape(2, 3))).argmax() == 2
+    if len(slices) == 1 and (first.colour or not axial or first.position is None and first.orientation is None):
+        if frame:  # a single sagittal or coronal slice, too, is no stack of axial ones
             raise InputError(f"--slice {frame}: {path} is a single image; leave it out")
         return read_image(first, window, modality)
     for s in slices:
@@ -325,6 +327,4 @@ def read_dicom(path, window, modality, series=None, frame=None):
         if lacking:
             raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series as "
                              "the scanner sent it, or an image alone")
-    if len(slices) == 1 and np.abs(np.cross(*first.orientation.reshape(2, 3))).argmax() != 2:
-        return read_image(first, window, modality)  # a single sagittal or coronal slice is no stack of axial ones
     return read_volume(Path(path), slices, fit(slices), window, modality)

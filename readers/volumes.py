@@ -72,19 +72,23 @@ def along_file(volume, grid):
     return apply_orientation(volume, ornt_transform(UPRIGHT, grid.axes))
 
 
-def starts_with(path, table):
-    """What `table` says of the file's first bytes, or None."""
+def first_bytes(path, count=348):
+    """Up to `count` bytes; by default as many as NIfTI's header has."""
     try:
         with open(path, "rb") as file:
-            start = file.read(32)
+            return file.read(count)
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None
+        raise InputError(f"{path}: cannot be read ({e.strerror}); check the path and its permissions") from None
+
+
+def known(start, table):
+    """What `table` says of a file's first bytes, or None."""
     return next((found for magic, found in table.items() if start.startswith(magic)), None)
 
 
 def is_nifti(path):
     """By its bytes, or, damaged as these may be, by its name."""
-    return starts_with(path, PACKED | NIFTI) is not None or path.name.lower().endswith((".nii", ".nii.gz"))
+    return known(first_bytes(path), PACKED | NIFTI) is not None or path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,13 +97,12 @@ def is_nifti(path):
 @contextmanager
 def opened(path):
     """The nibabel image and the stream that it reads from; whatever fails within is taken for a damaged file."""
-    packed = starts_with(path, PACKED)
+    packed = known(first_bytes(path), PACKED)
     try:
         with (packed or open)(path, "rb") as stream:
             start = stream.read(348)
             stream.seek(0)
-            other = next((name for magic, name in OTHERS.items() if start.startswith(magic)), None)
-            other = "DICOM" if start[128:132] == b"DICM" else other
+            other = "DICOM" if start[128:132] == b"DICM" else known(start, OTHERS)
             if start[:4] in NIFTI and start[344:348] == b"ni1\0":
                 other = "the header of a NIfTI pair; store header and voxels in one file"
             elif start[:4] in NIFTI and start[344:348] == bytes(4):

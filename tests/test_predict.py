@@ -84,7 +84,7 @@ def test_a_dicom_slice(model, tmp_path, monkeypatch, capsys):
     file = series(tmp_path / "s", np.tile(HU[:1], (1, 8, 8))) / "000.dcm"
     command(monkeypatch, model[1], file, "--target", "liver", "--out", tmp_path / "o")
     label = nib.load(tmp_path / "o/000-label.nii.gz")
-    assert label.shape == (56, 40, 1) and "black is -125, white 275" in capsys.readouterr().out
+    assert label.shape == (56, 40, 1) and "shown are its values from -125 to 275" in capsys.readouterr().out
     for flags in ((), ("--slice", 0)):
         command(monkeypatch, model[1], file, "--target", "liver", "--box", 5, 5, 20, 20, *flags, "--out", tmp_path / "p")
         assert Image.open(tmp_path / "p/000-slice000-liver.png").size == (56, 40)
