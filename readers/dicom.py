@@ -270,8 +270,10 @@ def values_of(one, stored):
                 raise InputError(f"{one}: its ModalityLUTSequence is damaged ({e}); copy it again") from None
         out = out.astype(np.float32)
     if one.padding and stored.dtype.kind in "iu":
-        ends = np.array(one.padding).astype(stored.dtype)  # some writers store -2000 as 63536
-        out[(stored >= ends.min()) & (stored <= ends.max())] = np.nan
+        values = 2 ** (8 * stored.itemsize)
+        if all(-values // 2 <= x < values for x in one.padding):  # else no pixel has it
+            ends = np.array(one.padding).astype(stored.dtype)  # some writers store -2000 as 63536
+            out[(stored >= ends.min()) & (stored <= ends.max())] = np.nan
     return out
 
 

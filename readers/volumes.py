@@ -28,6 +28,9 @@ OTHERS = {b"\x89PNG": "a PNG", b"\xff\xd8\xff": "a JPEG", b"II*\0": "a TIFF", b"
           b"PK\3\4": "a zip archive", b"NRRD": "NRRD", b"ObjectType": "MetaImage", b"\x89HDF": "HDF5",
           b"<": "a web page", b"version https://git-lfs": "git-lfs's pointer to it (git lfs pull fetches the file)"}
 UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of m, mm and um, in mm; without one of them it is mm, as everywhere
+# the fields of its header that say where the voxels lie
+PLACE = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+         "sform_code", "srow_x", "srow_y", "srow_z")
 
 # nibabel mends what little is wrong with a header and logs it; what it cannot mend becomes our one line
 nib.imageglobals.logger.setLevel("CRITICAL")
@@ -109,7 +112,9 @@ def opened(path):
                 other = "Analyze, which does not say how the patient lies"
             if other:
                 raise InputError(f"{path}: holds no NIfTI, but is {other}; convert or replace it")
-            yield NIFTI.get(start[:4], nib.Nifti1Image).from_stream(stream), stream
+            with np.errstate(all="ignore"):  # of a header's numbers
+                image = NIFTI.get(start[:4], nib.Nifti1Image).from_stream(stream)
+            yield image, stream
     except (InputError, MemoryError):
         raise
     except Exception as e:  # damaged bytes make gzip and nibabel raise nearly anything
@@ -169,13 +174,12 @@ def write_nifti(path, label, grid):
         ways = grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)
         if np.allclose(ways.T @ ways, np.eye(3), atol=1e-4):  # a qform cannot say that slices are sheared
             out.set_qform(grid.affine, 1)
-    else:
-        affine, code = head.get_best_affine(), int(head["sform_code"]) or int(head["qform_code"])
-        out = (nib.Nifti2Image if isinstance(head, nib.Nifti2Header) else nib.Nifti1Image)(
-            stored.reshape(head.get_data_shape()), affine)
-        out.header["xyzt_units"] = head["xyzt_units"]
-        out.set_sform(affine, code)
-        out.set_qform(head.get_qform() if head["qform_code"] else None, int(head["qform_code"]))
+    else:  # whatever says where the voxels lie, number by number
+        kind = nib.Nifti2Image if isinstance(head, nib.Nifti2Header) else nib.Nifti1Image
+        out = kind(stored.reshape(head.get_data_shape()), None)
+        for name in PLACE:
+            out.header[name] = head[name]
+        out = kind(out.dataobj, None, out.header)
     with whole(path) as file, gzip.GzipFile(fileobj=file, mode="wb", compresslevel=4, mtime=0) as f:
         f.write(out.to_bytes())
 

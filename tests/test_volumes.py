@@ -156,3 +156,27 @@ def test_files_of_nibabel(tmp_path):
         shown = np.asarray(label.dataobj).ravel()
         assert (np.diff(shown[np.argsort(values)].astype(int)) >= 0).all(), path  # voxel upon voxel
     assert all("one volume" in line or "how the patient lies" in line for line in said.values()), said
+
+
+def test_any_byte_of_a_header_may_be_wrong(tmp_path):
+    """One line, or a label that lies, as nibabel sees both, where the file says that its voxels lie."""
+    rng, read = np.random.default_rng(0), 0
+    stored = volume_file(tmp_path / "a.nii", (1, 0, 2), (True, False, False), oblique=0.3)
+    good = (tmp_path / "a.nii").read_bytes()
+    for n in range(400):
+        content, path = bytearray(good), tmp_path / "x.nii"
+        for place in rng.integers(0, 352, 1 + n % 3):
+            content[place] = rng.choice([0, 1, 255, rng.integers(256)])
+        path.write_bytes(content)
+        try:
+            volume, grid, _ = read_nifti(path, (-1000, 1000), "ct")
+        except InputError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+            continue
+        write_nifti(tmp_path / "label.nii.gz", volume, grid)
+        before, label = nib.load(path), nib.load(tmp_path / "label.nii.gz")
+        assert label.shape == before.shape and np.allclose(label.affine, before.affine, rtol=1e-5, atol=1e-4)
+        assert label.header["xyzt_units"] == before.header["xyzt_units"]
+        assert np.array_equal(np.asarray(label.dataobj), gray(np.asarray(before.dataobj), (-1000, 1000)))
+        read += 1
+    assert read > 100 and stored.size
