@@ -1,6 +1,7 @@
 """Masks for your own images (PNG, JPEG), volumes (NIfTI) or DICOM series, from texts, and with boxes or points.
 
     python predict.py scan.nii.gz --target liver --target spleen --out result
+    python predict.py series/ --target liver --series 3 --out result
     python predict.py slice.png --position "upper left of the image" --texture "homogeneous" --shape "large wedge"
     python predict.py slice.png --target liver --box 20 60 130 190 --explain
 
@@ -21,14 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import plots
 from common import (ATTRIBUTES, InputError, Parser, add_precision_flag, alone_in, make_folder, number, read_json, run,
                     visible, whole, write_atomically, writing)
 from data import VARIATION
-from inference import explain, gray_image, largest_components, predict_image, predict_volume, wordings
-from readers.pictures import SUFFIXES, picture_format, read_image
-from readers.volumes import read_dicom, read_nifti, write_nifti
-from runs import default_checkpoint, load_checkpoint
+from readers.dicom import is_dicom, read_dicom
+from readers.pictures import SUFFIXES, read_image
+from readers.volumes import is_nifti, read_nifti, write_nifti
 from texts import Texts
 
 
@@ -37,7 +36,7 @@ def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT",
-        help="a PNG or JPEG, a NIfTI volume (.nii, .nii.gz), or the folder of a DICOM series")
+        help="a PNG or JPEG, a NIfTI volume (.nii, .nii.gz), a DICOM file or the folder of a series")
     add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else, for CT, weights/'s)")
     add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
     for kind in ATTRIBUTES:
@@ -48,11 +47,13 @@ def parse():
     add("--mean-wordings", type=number(1, 100, int), default=1, metavar="N",
         help="the mean over up to N wordings of a target's texts")
     add("--modality", default="ct", choices=VARIATION)
-    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
+    add("--window", type=number(), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
+    add("--series", help="which one of a DICOM folder, by its number or UID")
     add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"), help="one per target, in pixels")
     add("--point", type=float, nargs="+", action="append", metavar="X Y [1|0]",
         help="in pixels, 1 inside (default) or 0 outside; with a single target")
-    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet; boxes and points need it")
+    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet, or this frame of a film; boxes "
+        "and points need it")
     add("--page", type=number(0, kind=int), help="which page of a TIFF, or frame of an animation, from 0")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
@@ -70,6 +71,8 @@ def parse():
     for flag in ("texts", "dataset", "attributes_file") if free else ():
         if getattr(args, flag):
             raise InputError(f"--{flag.replace('_', '-')}: is for the texts of a --target; leave it out")
+    if args.window and args.window[0] >= args.window[1]:
+        raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: black comes first; give LOW below HIGH")
     args.names = args.target or ["target"]
     files = ["overlay", *map(file_part, args.names), *(f"{file_part(t)}-explained" for t in args.names if args.explain)]
     for target in args.names:
@@ -155,23 +158,35 @@ def claimed(args, path):
 # From input to results
 
 def read_input(path, args):
-    """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None)."""
-    if path.is_dir():
-        pixels, grid = read_dicom(path, args.window, args.modality)
-    elif path.name.endswith((".nii", ".nii.gz")) and not picture_format(path):
-        pixels, grid = read_nifti(path, args.window, args.modality)
+    """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None, what is to be said of its values),
+    by what the file holds, whatever it is called."""
+    grid = window = None
+    said, dicom = [], path.is_dir() or is_dicom(path)
+    if dicom:
+        pixels, grid, window = read_dicom(path, args.window, args.modality, args.series, args.slice)
+    elif is_nifti(path):
+        pixels, grid, window = read_nifti(path, args.window, args.modality)
     else:
-        pixels, grid = read_image(path, args.page, args.window, print), None
-    if args.page is not None and grid:
-        raise InputError(f"--page: {path} is a volume, which has slices; give --slice")
-    if args.slice is not None and not (grid and 0 <= args.slice < len(pixels)):
+        pixels = read_image(path, args.page, args.window, said.append)
+    if window:
+        said = [f"{path}: shown are its values from {window[0]:g} to {window[1]:g}"]
+    if args.series and not dicom:
+        raise InputError(f"--series {args.series}: {path} is not DICOM; leave it out")
+    if args.window and not window and (dicom or grid):
+        raise InputError(f"--window: {path} has colours, which are shown as they are; leave it out")
+    if args.page is not None and (dicom or grid):
+        raise InputError(f"--page: {path} is no picture file; give --slice, of a volume or a film")
+    if args.slice is not None and not (dicom and not grid) and not (grid and 0 <= args.slice < len(pixels)):
         raise InputError(f"--slice {args.slice}: " + (f"the volume has slices 0 to {len(pixels) - 1}" if grid else
                                                       "the image is no volume; leave it out"))
     if (args.box or args.point) and grid and args.slice is None:
-        raise InputError("--box and --point lie on one slice of a volume; say which with --slice")
+        if len(pixels) > 1:
+            raise InputError("--box and --point lie on one slice of a volume; say which with --slice")
+        args.slice = 0
     if args.largest_component and (not grid or args.slice is not None):
         raise InputError(f"--largest-component: is for whole volumes, not for an image such as {path}; leave it out")
-    return pixels, grid
+    check_prompts(args, pixels.shape[1:] if grid else pixels.shape[:2])
+    return pixels, grid, window
 
 
 def check_prompts(args, size):
@@ -192,6 +207,7 @@ def check_prompts(args, size):
 
 def write_image(args, name, image, answer):
     """A PNG of 0 and 255 for each target, and all of them over the image."""
+    import plots
     masks = list(zip(args.names, answer.masks))
     for (target, mask), iou in zip(masks, answer.iou.tolist()):
         with whole(args.out / f"{name}-{file_part(target)}.png") as file:
@@ -202,6 +218,8 @@ def write_image(args, name, image, answer):
 
 def write_volume(args, name, volume, label, grid, seconds):
     """The label map, what its numbers mean, and three slices of it: amid what was found, and half way to both ends."""
+    import plots
+    from inference import gray_image
     write_nifti(args.out / f"{name}-label.nii.gz", label, grid)
     targets = dict(enumerate(args.names, 1))
     write_atomically(args.out / f"{name}-labels.json", json.dumps(targets, indent=1).encode())
@@ -214,34 +232,43 @@ def write_volume(args, name, volume, label, grid, seconds):
     plots.contact_sheet(pictures, args.out / f"{name}-overlay.png", name, 3)
 
 
-def predict_input(args, model, texts, path):
-    """One image, slice or volume, from its file to the results."""
+def predict_input(args, model, texts, path, read=None):
+    """One image, slice or volume, from its file, or from what was read of it, to the results."""
+    import inference
+    import plots
     name, this = name_of(path), SimpleNamespace(key=name_of(path), case=name_of(path))
-    asked = ([wordings(texts, args.mean_wordings, target, args.modality, this) for target in args.target]
+    asked = ([inference.wordings(texts, args.mean_wordings, target, args.modality, this) for target in args.target]
              if args.target else [[{kind: getattr(args, kind) for kind in ATTRIBUTES}]])
-    pixels, grid = read_input(path, args)
+    pixels, grid, said = read or read_input(path, args)
+    print("\n".join(said), end="\n" * bool(said))
     z, whole_volume, started = args.slice, grid and args.slice is None, time.time()
     if whole_volume:
-        label = predict_volume(model, pixels, asked, args.precision)
-        label = largest_components(label) if args.largest_component else label
+        label = inference.predict_volume(model, pixels, asked, args.precision)
+        label = inference.largest_components(label) if args.largest_component else label
         write_volume(args, name, pixels, label, grid, time.time() - started)
         z = int(np.argmax((label > 0).sum((1, 2))))  # the slice to explain
-    if grid:
-        pixels, name = gray_image(pixels, z), f"{name}-slice{z:03d}"
+    pixels = inference.gray_image(pixels, z) if grid else pixels
+    if z is not None:
+        name = f"{name}-slice{z:03d}"
     elif args.page is not None:
         name = f"{name}-page{args.page:03d}"
     boxes, points = check_prompts(args, pixels.shape[:2])
-    answer = predict_image(model, pixels, asked, boxes, points, args.precision)
+    answer = inference.predict_image(model, pixels, asked, boxes, points, args.precision)
     if not whole_volume:
         write_image(args, name, pixels, answer)
     for i, target in enumerate(args.names if args.explain else ()):
         file = args.out / f"{name}-{file_part(target)}-explained.png"
-        plots.explanation(file, target, explain(model, pixels, answer, i, asked, boxes, points, args.precision))
+        plots.explanation(file, target, inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision))
         print(f"wrote {file}")
 
 
 def main():
     args = parse()
+    # First of all the inputs, and all of them: what is wrong with one is said before anything is loaded, and what the
+    # model needs is imported after that, since it takes longer. Only the last one is kept, they may be many.
+    for path in args.inputs:
+        read = read_input(path, args)
+    from runs import default_checkpoint, load_checkpoint
     checkpoint = args.checkpoint or default_checkpoint(args.modality)
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -252,7 +279,7 @@ def main():
     print(f"checkpoint {checkpoint}: {model.describe()}")
     for path in args.inputs:
         with claimed(args, path):
-            predict_input(args, model, texts, path)
+            predict_input(args, model, texts, path, read if path == args.inputs[-1] else None)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common import InputError, make_folder, read_json, visible, whole, write_atomically
 from readers.synapse import TEST_CASES
-from readers.volumes import WINDOWS, gray, read_grid, slabs, unit
+from readers.volumes import WINDOWS, are_hu, gray, read_grid, slabs, some, unit
 
 # BTCV's 13 organs -> TransUNet's eight, in the order of synapse.ORGANS
 EIGHT = np.array([0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0], np.uint8)
@@ -58,28 +58,30 @@ def read_pair(image, label):
 
 def read_image(grid, window, dtype):
     """-> [D,H,W]: HU clipped to `window` and scaled to [0, 1] for np.float32, to whole numbers 0..255 for np.uint8."""
-    image, darkest, brightest = np.empty(grid.shape, dtype), np.inf, -np.inf
+    image, sample = np.empty(grid.shape, dtype), []
     for part, slab in slabs(grid, image):
         if not np.isfinite(slab).all():
             raise InputError(f"{grid.path}: holds NaN or infinity; replace these values")
-        darkest, brightest = min(darkest, float(slab.min())), max(brightest, float(slab.max()))
+        sample.append(some(slab, image.size))
         part[...] = unit(slab, window) if dtype == np.float32 else gray(slab, window)
-    # every CT shows fat, and nearly every one air
-    if darkest >= 0 or brightest - darkest < 100:
-        raise InputError(f"{grid.path}: its values run from {darkest:g} to {brightest:g}, so they are not HU (air "
-                         "-1000, fat -100, bone above 300); take the challenge's own file, not a rescaled one")
+    sample = np.concatenate(sample)
+    if not are_hu(sample):
+        raise InputError(f"{grid.path}: its values run from {sample.min():g} to {sample.max():g}, but they are not HU (air "
+                         "-1000, fat -100, soft tissue 0 to 100); take the challenge's own file, not a rescaled one")
     return image
 
 
 def read_label(grid, table):
-    """-> uint8 [D,H,W]: table[id] for every voxel; `table` uint8 [ids]."""
+    """-> uint8 [D,H,W]: table[id] for every voxel; `table` uint8 [ids]. Ids that a tool has stored with a scale factor,
+    5.98 for 6, are rounded; ids that were interpolated lie anywhere between whole numbers, and are an InputError."""
     label = np.empty(grid.shape, np.uint8)
     for part, slab in slabs(grid, label):
-        wrong = (slab < 0) | (slab >= len(table)) | (slab != np.rint(slab))  # the last finds NaN as well
+        ids = np.clip(np.rint(slab), 0, len(table) - 1)
+        wrong = ~(np.abs(slab - ids) < 0.05)  # finds NaN as well
         if wrong.any():
-            raise InputError(f"{grid.path}: label {slab[wrong][0]:g} is not one of the challenge's ids, "
+            raise InputError(f"{grid.path}: label {slab[wrong][0]} is not one of the challenge's ids, "
                              f"0..{len(table) - 1}; take its own file")
-        part[...] = table[slab.astype(np.uint8)]
+        part[...] = table[ids.astype(np.uint8)]
     return label
 
 

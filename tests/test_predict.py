@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import inference
 import plots
 import predict
 from common import ATTRIBUTES, LIGHT, InputError
@@ -14,6 +15,7 @@ from conftest import fails
 from inference import explain
 from medsegr import Config, MedSegR
 from runs import save_checkpoint
+from test_dicom import HU, dataset, save, series
 from test_volumes import volume_file
 
 TEXT = dict(position="on the left", texture="bright", shape="round")
@@ -47,7 +49,7 @@ def test_texts_of_a_report(model, tmp_path, monkeypatch):
     Image.new("RGB", (40, 40), "gray").save(tmp_path / "x.png")
     (tmp_path / "t.jsonl").write_text(json.dumps(dict(image="x", target="cyst", source="rules", **TEXT)))
     seen = []
-    monkeypatch.setattr(predict, "predict_image", lambda model, image, texts, *a, f=predict.predict_image, **k:
+    monkeypatch.setattr(inference, "predict_image", lambda model, image, texts, *a, f=inference.predict_image, **k:
                         seen.append(texts) or f(model, image, texts, *a, **k))
     command(monkeypatch, model[1], tmp_path / "x.png", "--target", "cyst", "--texts", tmp_path / "t.jsonl", "--out", tmp_path)
     assert seen == [[[TEXT]]]
@@ -60,7 +62,7 @@ def test_explanations_of_models_with_parts_switched_off(off, tmp_path):
     model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8, **off)).eval()
     image = np.zeros((40, 40, 3), np.uint8)
     points = np.array([[[5, 6]]], np.float32), np.array([[1]])
-    answer = predict.predict_image(model, image, [TEXT], points=points)
+    answer = inference.predict_image(model, image, [TEXT], points=points)
     plots.explanation(tmp_path / "x.png", "thing", explain(model, image, answer, 0, [TEXT], None, points))
     assert (tmp_path / "x.png").stat().st_size > 20_000
 
@@ -78,6 +80,37 @@ def test_a_volume(model, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "p/v-slice002-target.png").is_file()
 
 
+def test_a_dicom_slice(model, tmp_path, monkeypatch, capsys):
+    """A single file: a volume of one slice, on which a box may lie as on an image; the window is told."""
+    file = series(tmp_path / "s", np.tile(HU[:1], (1, 8, 8))) / "000.dcm"
+    command(monkeypatch, model[1], file, "--target", "liver", "--out", tmp_path / "o")
+    label = nib.load(tmp_path / "o/000-label.nii.gz")
+    assert label.shape == (56, 40, 1) and "shown are its values from -125 to 275" in capsys.readouterr().out
+    for flags in ((), ("--slice", 0)):
+        command(monkeypatch, model[1], file, "--target", "liver", "--box", 5, 5, 20, 20, *flags, "--out", tmp_path / "p")
+        assert Image.open(tmp_path / "p/000-slice000-liver.png").size == (56, 40)
+    save(dataset(np.zeros((3, 40, 56), np.uint8), Modality="US"), tmp_path / "film")
+    command(monkeypatch, model[1], tmp_path / "film", "--target", "liver", "--slice", 2, "--out", tmp_path / "q")
+    assert Image.open(tmp_path / "q/film-slice002-liver.png").size == (56, 40)
+
+
+def test_inputs_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
+    """All of them, and without a checkpoint, so that a refusal costs no more than it must."""
+    monkeypatch.setattr("runs.load_checkpoint", lambda *a, **k: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("runs.default_checkpoint", lambda *a, **k: pytest.fail("the model was looked for first"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("x.png")
+    volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)
+    (tmp_path / "cut.nii").write_bytes((tmp_path / "v.nii").read_bytes()[:-9])
+    for flags, named in (("x.png v.nii cut.nii", "cut.nii"), ("v.nii --window 275 -125", "--window 275 -125"),
+                         ("v.nii --window nan 3", "--window"), ("x.png --window 0 3", "--window"),
+                         ("x.png --series 3", "--series 3"), ("v.nii --series 3", "--series 3"),
+                         ("x.png --box 1 2 300 4", "--box"), ("v.nii --slice 2 --box 1 2 300 4", "--box")):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *flags.split(), "--target", "liver"])
+        with pytest.raises(InputError, match=named):
+            predict.main()
+
+
 def test_switches_of_a_volume(model, tmp_path, monkeypatch):
     """The mean over wordings is asked for, and the largest component of each target alone is written."""
     volume_file(tmp_path / "v.nii.gz", (0, 1, 2), (False,) * 3)
@@ -89,7 +122,7 @@ def test_switches_of_a_volume(model, tmp_path, monkeypatch):
         label[1:3, 1:3, 1], label[5, 6, 4] = 1, 1
         return label
 
-    monkeypatch.setattr(predict, "predict_volume", two_parts)
+    monkeypatch.setattr(inference, "predict_volume", two_parts)
     flags = tmp_path / "v.nii.gz", "--target", "liver", "--out", tmp_path
     for switches, voxels, wordings in (((), 5, 1), (("--largest-component", "--mean-wordings", 3), 4, 3)):
         command(monkeypatch, model[1], *flags, *switches)
