@@ -108,8 +108,8 @@ class Objective(nn.Module):
     def decoding_loss(self, batch, features, pixels, count, clicks, drop):
         """Masks of the Batch's targets, round by round -> segmentation_loss of all rounds, their mean."""
         model = self.model
-        x, steps = model.modulate_features(features, pixels, batch.index,
-                                           model.encode_attributes(batch.texts, drop=drop))
+        priors = model.encode_attributes(batch.texts, drop=drop)
+        x, steps = model.modulate_features(features, pixels, batch.index, priors)
         logits, iou = model.decode_masks(x, steps["text_map"], batch.points, batch.boxes)
         losses = [segmentation_loss(logits, iou, batch.masks, count, self.weights)]
         for n, clicked in enumerate(clicks):

@@ -186,7 +186,7 @@ def read_input(path, args):
     if args.largest_component and (not grid or args.slice is not None):
         raise InputError(f"--largest-component: is for whole volumes, not for an image such as {path}; leave it out")
     check_prompts(args, pixels.shape[1:] if grid else pixels.shape[:2])
-    return pixels, grid, window
+    return pixels, grid, said
 
 
 def check_prompts(args, size):

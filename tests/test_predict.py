@@ -287,7 +287,7 @@ def test_a_large_picture_is_thinned_where_it_is_drawn(model, tmp_path):
     """Masks have every pixel; the explanation has every third, with its prompts where they were."""
     image = np.random.default_rng(0).integers(0, 255, (2400, 150, 3), dtype=np.uint8)
     boxes = np.array([[30, 900, 120, 1500]], np.float32)
-    answer = predict.predict_image(model[0], image, [TEXT], boxes)
+    answer = inference.predict_image(model[0], image, [TEXT], boxes)
     assert answer.masks.shape == (1, 2400, 150) and np.array_equal(answer.masks, (answer.logits > 0).numpy())
     found = explain(model[0], image, answer, 0, [TEXT], boxes)
     assert found.image.shape == (800, 50, 3) and found.step == 3 and found.probability.shape == (800, 50)
