@@ -18,8 +18,14 @@ BIN := .venv/bin
 
 extras: .venv/extras
 
-# trains on drawn CT slices, evaluates without a prompt, explains one slice; leaves out/demo/table.json, plots, predict
+# a real CT slice by texts alone, with the weights that are here; then trains on drawn slices, evaluates without a prompt,
+# explains one slice; leaves out/demo/ct, table.json, plots, predict
+SLICE = import pydicom.data as d; print(d.get_testdata_file("explicit_VR-UN.dcm", download=False))
+ORGANS = liver spleen right_kidney left_kidney stomach aorta pancreas
 demo: .venv/ready
+	$(BIN)/python predict.py "$$($(BIN)/python -c '$(SLICE)')" --checkpoint weights/abdomen-ct.safetensors \
+		$(foreach organ,$(ORGANS),--target "$(subst _, ,$(organ))") \
+		--explain --out out/demo/ct
 	$(BIN)/python train.py --dataset demo --light --image-size 128 --feature-grid 16 --batch-size 8 --max-steps 160 \
 		--warmup 20 --out out/demo
 	$(BIN)/python eval.py --checkpoint out/demo/last.safetensors --json out/demo/table.json --plots out/demo/plots
