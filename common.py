@@ -1,6 +1,7 @@
 """The ground that everything else stands on, and that itself imports nothing of ours: one-line errors, flags, seeds,
 processes, and files that are written whole or not at all."""
 import argparse
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -78,9 +79,10 @@ def run(main, *errors):
     else has said so become one line on stderr and exit status 2."""
     script = Path(sys.argv[0]).name
     keep_freed_memory()
+    codecs.register_error("printed", print_anyway)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file's name may hold bytes that are no text: they are printed as they are
-            stream.reconfigure(errors="surrogateescape" if stream.encoding == "utf-8" else "backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="printed")
     try:
         main()
         sys.stdout.flush()
@@ -96,8 +98,18 @@ def run(main, *errors):
     except OSError as e:
         if e.errno not in REFUSED:
             raise
-        print(f"{script}: {refusal(e.filename or 'a file', e)}", file=sys.stderr)
+        print(f"{script}: {e.filename or 'a file'}: the system refuses it ({e.strerror}); make room, or let this user "
+              "read and write there", file=sys.stderr)
         sys.exit(2)
+
+
+def print_anyway(error):
+    """For codecs: a file name's bytes that are no text are printed as they are, so that the printed path exists; what
+    the terminal's encoding lacks as its number."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def seeded(*parts):
@@ -141,17 +153,13 @@ def make_folder(folder):
         raise InputError(f"{folder}: cannot be written to ({e.strerror}); choose another place") from None
 
 
-def refusal(path, error):
-    return f"{path}: cannot be written ({error.strerror or error}); make room, or choose another place"
-
-
 @contextlib.contextmanager
 def writing(path):
     """InputError, in one line that names `path`, if the system refuses what is written within."""
     try:
         yield
     except OSError as e:
-        raise InputError(refusal(path, e)) from None
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); make room, or choose another place") from None
 
 
 @contextlib.contextmanager

@@ -316,7 +316,7 @@ class TextEncoder(nn.Module):
     def forward(self, texts):
         """N strings -> tokens after the final norm [N,L,d] (zero after the end of text), valid bool [N,L]."""
         tower = self.tower
-        ids = self.tokenizer(texts).to(next(tower.parameters()).device)
+        ids = self.tokenizer([readable(text) for text in texts]).to(next(tower.parameters()).device)
         if hasattr(tower, "ln_final"):  # CLIP's own transformer
             x = tower.token_embedding(ids) + tower.positional_embedding[:ids.shape[1]]
             x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
@@ -344,10 +344,9 @@ class TextEncoder(nn.Module):
             del self.kept[next(iter(self.kept))]
         return entry
 
-
     def beyond(self, text):
         """The words of a text that the tower has no room for, from the first one that is not read to its end."""
-        words, inner = text.split(), getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        words, inner = readable(text).split(), getattr(self.tokenizer, "tokenizer", self.tokenizer)
         length = lambda n: len(inner.encode(" ".join(words[:n])))
         room = self.context - (0 if length(0) else 2)  # beside the marks of start and end, which CLIP's does not count
         return " ".join(words[bisect_right(range(len(words) + 1), room, key=length) - 1:])
@@ -357,7 +356,12 @@ class TextEncoder(nn.Module):
         words = self.beyond(text)
         if words and text not in self.cut and not (dist.is_initialized() and dist.get_rank()):
             self.cut.add(text)
-            print(f'a text is too long: the encoder reads {self.context} tokens, and these words are cut off: "{words}"')
+            print(f'a text is too long: the encoder reads {self.context} tokens; these words are cut off: "{words}"')
+
+
+def readable(text):
+    """A text without bytes of another encoding, which the command line keeps and tokenizers do not take."""
+    return text.encode(errors="replace").decode()
 
 
 def minilm():

@@ -289,7 +289,8 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     return Explanation(
         step=step, image=image, texts=texts[target][0], box=None if boxes is None else boxes[target],
         points=[] if points is None else list(zip(points[0][target], points[1][target])),
-        probability=to_original(answer.grid[target][None], image.shape[:2])[0].sigmoid().cpu().numpy(), iou=float(answer.iou[target]),
+        probability=to_original(answer.grid[target][None], image.shape[:2])[0].sigmoid().cpu().numpy(),
+        iou=float(answer.iou[target]),
         A_pos=None if priors.A_pos is None else on_image(priors.A_pos[0]), texture=array(priors.texture),
         texture_effect=effect, shape_kernel=array(priors.shape_kernel), shape_offset=array(priors.shape_offset),
         cells=answer.features.shape[-1], gate=gate, without=without)

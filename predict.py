@@ -116,8 +116,8 @@ def file_part(target):
 def files_of(args, name):
     """The files in --out that have the names of an input's results."""
     targets = "|".join(re.escape(part) for part in ("overlay", *map(file_part, args.names)))
-    ours = re.compile(rf"{re.escape(name)}-(label\.nii\.gz|labels\.json|((slice|page)\d+-)?({targets})(-explained)?\.png)")
-    return [path for path in visible(args.out) if ours.fullmatch(path.name)]
+    kinds = rf"label\.nii\.gz|labels\.json|((slice|page)\d+-)?({targets})(-explained)?\.png"
+    return [path for path in visible(args.out) if re.fullmatch(f"{re.escape(name)}-({kinds})", path.name)]
 
 
 def check_results(args, path):
@@ -130,8 +130,8 @@ def check_results(args, path):
         raise InputError(f"{path}: would replace the results of another input of this name, {known.get('input')}, in "
                          f"{args.out}; give another --out")
     for file in files_of(args, name) if not known else ():
-        raise InputError(f"{file}: is there already, and nothing says that it is a result of {path}; move it away, or give "
-                         "another --out")
+        raise InputError(f"{file}: is there already, and nothing says that it is a result of {path}; move it away, or "
+                         "give another --out")
     return record, known
 
 

@@ -15,7 +15,7 @@ from common import ATTRIBUTES, InputError, read_json, read_text
 HERE = Path(__file__).resolve().parent
 FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
 TEXTS = ("own", "reworded", "wrong", "empty")
-KEYS = ("image", "target", *ATTRIBUTES, "source", "report", "reviewed")  # of a line of --texts; report.py's are the last
+KEYS = ("image", "target", *ATTRIBUTES, "source", "report", "reviewed")  # of a line of --texts; the last by report.py
 
 
 def split_wordings(wordings):
@@ -52,8 +52,9 @@ class Texts:
         """The list of wordings of one attribute."""
         known = self.classes.get(target)
         if not isinstance(known, dict):
-            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; it has {known_names(target, self.classes)}'
-                             f'; give one of these, or add under "{self.name}": "{target}": {FORM}')
+            known = known_names(target, self.classes)
+            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; it has {known}; give one of these, '
+                             f'or add under "{self.name}": "{target}": {FORM}')
         texts = known.get(kind)
         where = f"{self.name}, {target}, {kind}"
         if isinstance(texts, dict):
@@ -71,12 +72,10 @@ class Texts:
         pairs = [(image, target) for image in images for target in targets]
         lacking = [pair for pair in pairs if pair not in self.images]
         if self.images and len(lacking) == len(pairs):
-            raise InputError(f"--texts {self.file}: has no line for {' of '.join(pairs[0][::-1])}; it is of "
-                             f"{listed(' of '.join(pair[::-1]) for pair in self.images)}; correct its image or target, or "
-                             "leave --texts out")
+            raise InputError(f"--texts {self.file}: has no line for {listed_pairs(pairs)}; it is of "
+                             f"{listed_pairs(self.images)}; correct its image or target, or leave --texts out")
         if self.images and lacking:
-            print(f"--texts {self.file}: has no line for {listed(' of '.join(pair[::-1]) for pair in lacking)}; the "
-                  "texts of the class are taken")
+            print(f"--texts {self.file}: has no line for {listed_pairs(lacking)}; the texts of the class are taken")
 
     def unused(self, sources):
         """A line about the texts of single images that are of no image, case or class of these data sets, as readers/
@@ -87,10 +86,10 @@ class Texts:
         classes = {target for source in sources for target in source.classes}
         lost = [pair for pair in self.images if pair[0] not in names or pair[1] not in classes]
         said = (f"--texts {self.file}: {len(lost)} of {len(self.images)} lines are of no image or class here, such as "
-                f"{listed(' of '.join(pair[::-1]) for pair in lost)}")
+                f"{listed_pairs(lost)}")
         if len(lost) == len(self.images):
-            raise InputError(f"{said}; an image is called like {sources[0].key(0)}, a class like {sources[0].classes[0]}; "
-                             "correct the file, or leave --texts out")
+            raise InputError(f"{said}; an image is called like {sources[0].key(0)}, a class like "
+                             f"{sources[0].classes[0]}; correct the file, or leave --texts out")
         return said if lost else ""
 
     def own(self, target, sample):
@@ -158,6 +157,11 @@ def listed(names, most=8):
     return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
+def listed_pairs(pairs):
+    """The same of (image, target)."""
+    return listed(f"{target} of {image}" for image, target in pairs)
+
+
 def known_names(name, names):
     """The names that there are, the ones like `name` first, for the message that this one is unknown."""
     close = get_close_matches(name.lower(), names, 3)
@@ -201,6 +205,8 @@ def read_image_texts(path):
         if name in found:
             raise InputError(f"{where}: {name[1]} of {name[0]} for the second time; keep one of the lines")
         found[name] = texts
+    if not found:
+        raise InputError(f"{path}: holds no text; write a line, or leave the file out")
     return found
 
 

@@ -8,7 +8,7 @@ from readers.pictures import SUFFIXES, from_labels, read_image, read_mask, split
 
 
 class Kvasir:
-    """Polyps in colonoscopy, as Kvasir-SEG is published: root/images/NAME.jpg and root/masks/NAME.jpg, or other pictures.
+    """Polyps in colonoscopy, as Kvasir-SEG is published: root/images/NAME.jpg and root/masks/NAME.jpg.
 
     The pictures carry no patient's name, so each is a case of its own. root/train.txt and root/test.txt, one NAME a
     line, are the split where both are there (the owners' 880 and 120: their val.txt is the test.txt here); or else a
@@ -65,7 +65,8 @@ class Kvasir:
         path = self.root / "masks" / self.masks.get(name, self.files[name])  # a .png may go with a .jpg
         image, mask = read_image(self.file(i)), read_mask(path)
         if mask.shape != image.shape[:2]:
-            raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on one grid")
+            raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on one "
+                             "grid")
         if mask.all() or not mask.any():
             raise InputError(f"{path}: {'full' if mask.any() else 'empty'}, but every image of Kvasir-SEG shows a polyp "
                              "and what lies around it; restore the mask")

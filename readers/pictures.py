@@ -64,10 +64,11 @@ OTHERS = {
     b"....ftyphei": "HEIC, a telephone's own format; store it as PNG or JPEG",
     b"....ftypavif": "AVIF; store it as PNG or JPEG",
     b"%PDF": "a PDF document; store the picture in it as PNG",
-    b"\0\x05\x16\x07": "what macOS leaves beside a file that it copies, no picture; give the file without ._ in its name",
+    b"\0\x05\x16\x07": "what macOS leaves beside a file that it copies; give the one without ._ in its name",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself; git lfs pull",
     b"<": "a page or drawing in XML or HTML; download the picture itself, or store it as PNG",
-    b"PK\x03\x04": "a zip archive; unpack it", b"\x1f\x8b": "gzip; unpack it, or name it .nii.gz if it is a NIfTI volume",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x1f\x8b": "gzip; unpack it, or name it .nii.gz if it is a NIfTI volume",
     b"\x93NUMPY": "an array of numpy; store it as PNG", b"\x89HDF": "HDF5; store the slice as PNG",
     b"NRRD": "NRRD; store it as NIfTI", b"ObjectType": "MetaImage; store it as NIfTI",
     b"\x5c\x01\0\0": "NIfTI; give it with its own suffix, .nii or .nii.gz",
@@ -163,8 +164,8 @@ def read_image(path, page=None, window=None, say=None):
         if image.mode not in (*GRAY, *COLOUR, *ALPHA):
             raise InputError(f"{path}: pixels of kind {image.mode}, which are not read; store it as RGB or gray")
         if halved and max(high for _, high in image.getextrema()[:3]) < 64:
-            raise InputError(f"{path}: has 16 bits a colour, but its values use a quarter of their range or less, of which "
-                             "too few levels can be read; scale them to the whole range, or store 8 bits a colour")
+            raise InputError(f"{path}: has 16 bits a colour, but its values use a quarter of their range or less, of "
+                             "which too few levels can be read; scale them to the whole range, or store 8 bits a colour")
         pixels = upright(image, to_pixels(image))
     return pixels if pixels.ndim == 3 else gray_to_rgb(pixels)
 
@@ -253,8 +254,8 @@ def read_mask(path):
         return values > 127
     if len(found) > 2 or len(found) == 2 and found[0] != 0:
         listed = ", ".join(f"#{v:06x}" if values.dtype == np.int64 else f"{v:g}" for v in found[:6])
-        raise InputError(f"{path}: holds {len(found)} values ({listed}{', ...' * (len(found) > 6)}), but a mask has two, 0 "
-                         "and another; store a mask for each structure")
+        raise InputError(f"{path}: holds {len(found)} values ({listed}{', ...' * (len(found) > 6)}), but a mask has two, "
+                         "0 and another; store a mask for each structure")
     return values != 0
 
 
@@ -270,8 +271,8 @@ def palette_values(path, image):
     if len(black) != 1 or black[0] == 0:
         return indices
     if 0 in used:
-        raise InputError(f"{path}: is black where its palette's index is {black[0]}, but index 0, which has another colour, "
-                         "should be the background; store 0 and 255, without a palette")
+        raise InputError(f"{path}: is black where its palette's index is {black[0]}, but index 0, which has another "
+                         "colour, should be the background; store 0 and 255, without a palette")
     return np.where(indices == black[0], 0, indices)
 
 
@@ -288,7 +289,7 @@ def colour_values(path, pixels):
     if inside.any():
         others = inside & (np.abs(pixels - np.median(pixels[inside], 0)).max(2) > 64)
         if ndimage.binary_erosion(others, np.ones((5, 5))).any():  # a second colour, and not the blur of an edge
-            raise InputError(f"{path}: its structures have several colours; store a mask of 0 and 255 for each structure")
+            raise InputError(f"{path}: its structures have several colours; store a mask of 0 and 255 for each")
     return brightest
 
 
@@ -297,5 +298,5 @@ def check_noise(path, values):
     bins = np.bincount(values.ravel(), minlength=256)[32:224].reshape(12, 16).sum(1)
     pairs = np.convolve(bins, (1, 1), "valid")
     if pairs.max() > max(20, bins.sum() / 2):
-        raise InputError(f"{path}: many values are near {48 + 16 * pairs.argmax()}, but a mask has two, 0 and 255; store a "
-                         "mask for each structure")
+        raise InputError(f"{path}: many values are near {48 + 16 * pairs.argmax()}, but a mask has two, 0 and 255; store "
+                         "a mask for each structure")

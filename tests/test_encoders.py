@@ -375,4 +375,5 @@ def test_words_beyond_the_context_are_named(spec, capsys):
         tower.kept.clear()
         tower.tokens(text), tower.tokens(read.strip())
     said = capsys.readouterr().out
+    assert torch.isfinite(tower(["M\udcfcller"])[0]).all()  # a Latin-1 byte of the command line
     assert said.count(f'"{cut}"') == 1 and said.count("cut off") == 1 and "77 tokens" in said
