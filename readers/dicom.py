@@ -78,10 +78,13 @@ def load(path, **options):
 
 
 def is_image(head):
-    """Whether a file's class is one of images: not a DICOMDIR, a report, a segmentation, a plan, a presentation."""
-    kind = text(head, "SOPClassUID") or text(head.file_meta, "MediaStorageSOPClassUID")
-    name = uid.UID(kind).name
-    return "Image Storage" in name if name != kind else "Rows" in head or not kind
+    """Whether a file's class is one of images: not a DICOMDIR, a report, a segmentation, a plan, a presentation. In doubt
+    it is one, and said to be damaged: a file that is cut off may end amid its class."""
+    kinds = {text(head, "SOPClassUID"), text(head.file_meta, "MediaStorageSOPClassUID")} - {""}
+    if not kinds or any("Image Storage" in uid.UID(kind).name for kind in kinds):
+        return True
+    private = any(uid.UID(kind).name == kind for kind in kinds)  # or cut off; pydicom names all others
+    return private and ("Rows" in head or not text(head, "SeriesInstanceUID"))
 
 
 def text(head, name):

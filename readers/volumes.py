@@ -180,7 +180,7 @@ def write_nifti(path, label, grid):
         for name in PLACE:
             out.header[name] = head[name]
         out = kind(out.dataobj, None, out.header)
-    with whole(path) as file, gzip.GzipFile(fileobj=file, mode="wb", compresslevel=4, mtime=0) as f:
+    with whole(path) as file, gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as f:
         f.write(out.to_bytes())
 
 

@@ -220,6 +220,16 @@ def test_files_beside_slices(tmp_path):
             file.write_bytes(content)
             fails(lambda: read_dicom(folder, WIDE, "ct"), file)
         file.write_bytes(good)
+    dataset(raw(HU[0]), "1.3.46.670589.11", SeriesInstanceUID="1.5").save_as(folder / "private", enforce_file_format=True)
+    fails(lambda: read_dicom(folder, WIDE, "ct"), folder, "2 series")
+    save(pydicom.dcmread(folder / "private"), folder / "private", Rows=...)
+    check(folder)  # a private class without an image
+    (folder / "private").unlink()
+    file, good = folder / "005.dcm", (folder / "005.dcm").read_bytes()
+    for length in range(132, good.index(b"\x28\0\x10\0")):  # cut off before Rows, also amid its class
+        file.write_bytes(good[:length])
+        fails(lambda: read_dicom(folder, WIDE, "ct"), file)
+    file.write_bytes(good)
     (folder / "IM0007").write_bytes(b"no slice")
     fails(lambda: read_dicom(folder, WIDE, "ct"), folder / "IM0007")
     (tmp_path / "empty").mkdir()
