@@ -213,7 +213,8 @@ def write_image(args, name, image, answer):
         with whole(args.out / f"{name}-{file_part(target)}.png") as file:
             Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, format="PNG")
         print(f"{target}: {mask.sum()} pixels ({mask.mean():.1%} of the image), expected IoU {iou:.2f}")
-    plots.contact_sheet([(name, image, []), ("prediction", image, masks)], args.out / f"{name}-overlay.png", name, 2)
+    plots.contact_sheet([(name, image, []), ("prediction", image, masks)], args.out / f"{name}-overlay.png", name, 2,
+                        inches=4)
 
 
 def write_volume(args, name, volume, label, grid, seconds):
@@ -229,7 +230,9 @@ def write_volume(args, name, volume, label, grid, seconds):
     rows = np.unique(filled[len(filled) * np.array([1, 2, 3]) // 4]) if len(filled) else [len(volume) // 2]
     pictures = [(f"slice {z}", gray_image(volume, z), [(t, label[z] == i) for i, t in targets.items() if i in label[z]])
                 for z in rows]
-    plots.contact_sheet(pictures, args.out / f"{name}-overlay.png", name, 3)
+    if len(pictures) == 1:  # then there is room for the image without them
+        pictures = [("image", pictures[0][1], []), *pictures]
+    plots.contact_sheet(pictures, args.out / f"{name}-overlay.png", name, 3, inches=4)
 
 
 def predict_input(args, model, texts, path, read=None):
