@@ -49,7 +49,8 @@ def parse():
     add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"), help="one per target, in pixels")
     add("--point", type=float, nargs="+", action="append", metavar="X Y [1|0]",
         help="in pixels, 1 inside (default) or 0 outside; with a single target")
-    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet, or frame of a film; boxes and points need it")
+    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet, or frame of a film; boxes "
+        "and points need it")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
@@ -184,7 +185,8 @@ def predict_input(args, model, texts, path, read=None):
         write_image(args, name, pixels, answer)
     for i, target in enumerate(args.names if args.explain else ()):
         file = args.out / f"{name}-{target.replace(' ', '_')}-explained.png"
-        plots.explanation(file, target, inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision))
+        explained = inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision)
+        plots.explanation(file, target, explained)
         print(f"wrote {file}")
 
 
