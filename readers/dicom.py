@@ -170,7 +170,7 @@ def read_slices(path):
 
 
 def read_pixels(one):
-    """-> a Slice's file as it is stored: numbers [frames, rows, columns], or colours uint [frames, rows, columns, 3]."""
+    """-> a Slice's file as stored: numbers [frames, rows, columns], or colours uint [frames, rows, columns, 3]."""
     head, codec, name = load(one.path), None, "an unknown way"
     try:
         name = head.file_meta.TransferSyntaxUID.name
