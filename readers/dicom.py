@@ -1,7 +1,7 @@
 """DICOM: the slices of a series, a file of many frames or a single image, each one checked before its pixels are used.
 
-Every frame gives one Slice, the record of what its attributes say. Slices that say where they lie make a volume, if they
-lie on one regular grid; a slice that does not say so (ultrasound, radiographs, secondary captures) is an image.
+Every frame gives one Slice, the record of what its attributes say. Slices that say where they lie make a volume, if
+they lie on one regular grid; a slice that does not say so (ultrasound, radiographs, secondary captures) is an image.
 """
 import logging
 import warnings
@@ -19,8 +19,8 @@ from readers.volumes import choose_window, first_bytes, gray, make_grid, some, u
 
 # what lies beside slices and is none; DICOM files that hold no image tell it by their class
 NOTES = (".txt", ".md", ".xml", ".json", ".pdf", ".csv", ".tsv", ".html", ".htm", ".log", ".ini", ".inf", ".db")
-OF = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "ultrasound", "CR": "x-ray", "DX": "x-ray", "MG": "x-ray", "XA": "x-ray",
-      "RF": "x-ray", "ES": "endoscopy", "OP": "fundus", "DMS": "dermoscopy"}  # DICOM's Modality -> ours
+OF = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "ultrasound", "CR": "x-ray", "DX": "x-ray", "MG": "x-ray",
+      "XA": "x-ray", "RF": "x-ray", "ES": "endoscopy", "OP": "fundus", "DMS": "dermoscopy"}  # DICOM's Modality -> ours
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
 # what is wrong with a file and does not matter is not told; what does becomes our one line
@@ -61,7 +61,8 @@ class Slice:
 def is_dicom(path):
     """By its bytes: DICM after a preamble, or, without one, the first element of a header in either byte order."""
     start = first_bytes(path)
-    return start[128:132] == b"DICM" or start[:2] in (b"\2\0", b"\10\0") and start[3:4] == b"\0" or start[:2] == b"\0\10"
+    bare = start[:2] in (b"\2\0", b"\10\0") and start[3:4] == b"\0" or start[:2] == b"\0\10"
+    return start[128:132] == b"DICM" or bare
 
 
 def load(path, **options):
@@ -78,8 +79,8 @@ def load(path, **options):
 
 
 def is_image(head):
-    """Whether a file's class is one of images: not a DICOMDIR, a report, a segmentation, a plan, a presentation. In doubt
-    it is one, and said to be damaged: a file that is cut off may end amid its class."""
+    """Whether a file's class is one of images: not a DICOMDIR, a report, a segmentation, a plan, a presentation. In
+    doubt it is one, and said to be damaged: a file that is cut off may end amid its class."""
     kinds = {text(head, "SOPClassUID"), text(head.file_meta, "MediaStorageSOPClassUID")} - {""}
     if not kinds or any("Image Storage" in uid.UID(kind).name for kind in kinds):
         return True
@@ -141,12 +142,12 @@ def read_slices(path):
     count = lambda name, default, most: int(one(name, default, good=lambda x: x % 1 == 0 and 1 <= x <= most))
     shape = count("Rows", 0, 2 ** 16), count("Columns", 0, 2 ** 16)
     if not all(shape):
-        raise InputError(f"{path}: a DICOM file without Rows and Columns, cut off or no image; copy it again, or take it "
-                         "away")
+        raise InputError(f"{path}: a DICOM file without Rows and Columns, cut off or no image; copy it again, or take "
+                         "it away")
     frames, kind = count("NumberOfFrames", 1, 10 ** 5), text(head, "PhotometricInterpretation").upper()
     modality = OF.get(text(head, "Modality"), text(head, "Modality"))
     palette, samples = kind == "PALETTE COLOR", one("SamplesPerPixel", 1, good=lambda x: x in (1, 3))
-    padding = [one(name, None, good=lambda x: abs(x) < 2 ** 32) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    padding = [one(f"PixelPadding{name}", None, good=lambda x: abs(x) < 2 ** 32) for name in ("Value", "RangeLimit")]
     padding = None if padding[0] is None else [int(x) for x in padding if x is not None]
     found = []
     for frame in range(frames):
@@ -163,12 +164,13 @@ def read_slices(path):
             one("SliceThickness", None, measures + [head]) or one("SpacingBetweenSlices", None, measures + [head]),
             one("RescaleSlope", 1.0, scale + [head], lambda x: x != 0), one("RescaleIntercept", 0.0, scale + [head]),
             head if text(head, "ModalityLUTSequence") else None,
-            kind == "MONOCHROME1" and modality not in ("ct", "pet"), padding, 8 if palette else count("BitsStored", 16, 64)))
+            kind == "MONOCHROME1" and modality not in ("ct", "pet"), padding,
+            8 if palette else count("BitsStored", 16, 64)))
     return found
 
 
 def read_pixels(one):
-    """-> the numbers of a Slice's file as stored, [frames, rows, columns], or of colours uint [frames, rows, columns, 3]."""
+    """-> a Slice's file as stored: numbers [frames, rows, columns], or colours uint [frames, rows, columns, 3]."""
     head, codec, name = load(one.path), None, "an unknown way"
     try:
         name = head.file_meta.TransferSyntaxUID.name
@@ -187,8 +189,8 @@ def read_pixels(one):
             remedy = "the file is cut off; copy it again"
         elif codec and ("pylibjpeg-libjpeg" in lacking or "pylibjpeg-openjpeg" in lacking):
             remedy = f"{CODECS}, or copy it again"
-        raise InputError(f"{one.path}: its pixels, stored as {name}, cannot be read ({' '.join(str(e).split())[:150]}); "
-                         f"{remedy}") from None
+        raise InputError(f"{one.path}: its pixels, stored as {name}, cannot be read "
+                         f"({' '.join(str(e).split())[:150]}); {remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,13 +233,14 @@ def alike(slices, name, values, tolerance):
 
 
 def fit(slices):
-    """Slices, which are sorted along their normal -> affine [4,4]: (column, row, slice) -> mm to the right, anterior and
-    superior. Positions p0 + k * step are fitted to all slices; a step beside the normal is a tilted gantry.
+    """Slices, which are sorted along their normal -> affine [4,4]: (column, row, slice) -> mm to the right, anterior
+    and superior. Positions p0 + k * step are fitted to all slices; a step beside the normal is a tilted gantry.
 
     InputError, naming the slice, for what does not fit within 0.1 mm or a quarter of the step.
     """
     alike(slices, "size (rows, columns)", np.array([s.shape for s in slices], float), 0)
-    row, column = alike(slices, "ImageOrientationPatient", np.stack([s.orientation for s in slices]), 1e-4).reshape(2, 3)
+    ways = alike(slices, "ImageOrientationPatient", np.stack([s.orientation for s in slices]), 1e-4)
+    row, column = ways.reshape(2, 3)
     dy, dx = alike(slices, "PixelSpacing", np.stack([s.spacing for s in slices]), 1e-4)
     normal = np.cross(row, column)
     slices.sort(key=lambda s: normal @ s.position)
@@ -253,9 +256,9 @@ def fit(slices):
             odd = int(np.linalg.norm(steps - usual, axis=1).argmax())
             along, beside = normal @ steps[odd], np.linalg.norm(steps[odd] - normal * (normal @ steps[odd]))
             raise InputError(
-                f"{slices[odd + 1]}: lies {along:.4g} mm behind {slices[odd].path.name} and {beside:.4g} mm beside it, while "
-                f"the slices of its series lie {normal @ usual:.4g} mm apart: one is missing, doubled or shifted; give all "
-                "slices of one series, once")
+                f"{slices[odd + 1]}: lies {along:.4g} mm behind {slices[odd].path.name} and {beside:.4g} mm beside it, "
+                f"while the slices of its series lie {normal @ usual:.4g} mm apart: one is missing, doubled or "
+                "shifted; give all slices of one series, once")
     affine = np.eye(4)  # DICOM's axes run to the left and the back
     affine[:3] = np.stack([row * dx, column * dy, step, start], 1)
     affine[:2] *= -1
@@ -310,14 +313,14 @@ def read_volume(path, slices, affine, window, modality):
 
 
 def read_dicom(path, window, modality, series=None, frame=None):
-    """The folder of a series or a file -> (uint8 [D,H,W], upright, its Grid, its window); or, of what does not say where
-    it lies, (uint8 [H,W,3], None, its window or, of colours, None). frame: the one to take of a film."""
+    """The folder of a series or a file -> (uint8 [D,H,W], upright, its Grid, its window); or, of what does not say
+    where it lies, (uint8 [H,W,3], None, its window or, of colours, None). frame: the one to take of a film."""
     slices = find_slices(path, series)
     first = slices[0]
     if all(s.position is None for s in slices) and first.frames == len(slices) > 1:
         if frame is None or not 0 <= frame < len(slices):
-            raise InputError(f"{path}: {len(slices)} frames that do not say where they lie; choose one with --slice, 0 to "
-                             f"{len(slices) - 1}")
+            raise InputError(f"{path}: {len(slices)} frames that do not say where they lie; choose one with --slice, "
+                             f"0 to {len(slices) - 1}")
         return read_image(slices[frame], window, modality)
     axial = first.orientation is None or np.abs(np.cross(*first.orientation.reshape(2, 3))).argmax() == 2
     if len(slices) == 1 and (first.colour or not axial or first.position is None and first.orientation is None):
@@ -330,6 +333,6 @@ def read_dicom(path, window, modality, series=None, frame=None):
         if s.colour:
             raise InputError(f"{s}: in colour, and so no part of a volume; give a gray series, or this file alone")
         if lacking:
-            raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series as "
-                             "the scanner sent it, or an image alone")
+            raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series "
+                             "as the scanner sent it, or an image alone")
     return read_volume(Path(path), slices, fit(slices), window, modality)

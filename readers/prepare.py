@@ -66,8 +66,8 @@ def read_image(grid, window, dtype):
         part[...] = unit(slab, window) if dtype == np.float32 else gray(slab, window)
     sample = np.concatenate(sample)
     if not are_hu(sample):
-        raise InputError(f"{grid.path}: its values run from {sample.min():g} to {sample.max():g}, but they are not HU (air "
-                         "-1000, fat -100, soft tissue 0 to 100); take the challenge's own file, not a rescaled one")
+        raise InputError(f"{grid.path}: its values run from {sample.min():g} to {sample.max():g}, but they are not HU "
+                         "(air -1000, fat -100, soft tissue 0 to 100); take the challenge's file, not a rescaled one")
     return image
 
 

@@ -27,10 +27,10 @@ NIFTI = {size.to_bytes(4, order): kind for order in ("little", "big")
 OTHERS = {b"\x89PNG": "a PNG", b"\xff\xd8\xff": "a JPEG", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"%PDF": "a PDF",
           b"PK\3\4": "a zip archive", b"NRRD": "NRRD", b"ObjectType": "MetaImage", b"\x89HDF": "HDF5",
           b"<": "a web page", b"version https://git-lfs": "git-lfs's pointer to it (git lfs pull fetches the file)"}
-UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of m, mm and um, in mm; without one of them it is mm, as everywhere
+UNITS = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of m, mm and um, in mm; without one it is mm, as everywhere
 # the fields of its header that say where the voxels lie
-PLACE = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
-         "sform_code", "srow_x", "srow_y", "srow_z")
+PLACE = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+         "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
 
 # nibabel mends what little is wrong with a header and logs it; what it cannot mend becomes our one line
 nib.imageglobals.logger.setLevel("CRITICAL")
@@ -38,8 +38,8 @@ nib.imageglobals.logger.setLevel("CRITICAL")
 
 @dataclass
 class Grid:
-    """Where the voxels of a NIfTI file or a DICOM series lie. `shape` and `spacing` are (z, y, x), of the volume that we
-    hold and write."""
+    """Where the voxels of a NIfTI file or a DICOM series lie. `shape` and `spacing` are (z, y, x), of the volume that
+    we hold and write."""
     path: Path
     affine: np.ndarray  # [4, 4]: the stored indices -> mm to the right, anterior and superior
     axes: np.ndarray  # [3, 2]: for each of the stored axes, the patient's nearest one and the direction along it
@@ -208,8 +208,8 @@ def some(values, total):
 
 
 def are_hu(sample):
-    """Whether values may be Hounsfield units: air or fat, and soft tissue, make up a thousandth each. What lies below air
-    is padding, and what a few voxels hold says nothing."""
+    """Whether values may be Hounsfield units: air or fat, and soft tissue, make up a thousandth each. What lies below
+    air is padding, and what a few voxels hold says nothing."""
     sample = sample[sample > -1050]
     share = lambda low, high: np.mean((low <= sample) & (sample < high)) if len(sample) else 0
     return share(-1050, -30) > 1e-3 and share(-30, 300) > 1e-3
@@ -225,8 +225,8 @@ def choose_window(asked, modality, sample, path, of="ct"):
     if modality == "ct" and of not in ("ct", ""):
         raise InputError(f"{path}: its Modality is {of}, not CT; give its --modality, or --window LOW HIGH")
     if modality == "ct" and not are_hu(sample):
-        raise InputError(f"{path}: the values run from {sample.min():g} to {sample.max():g}, but are not HU (air -1000, "
-                         "fat -100, soft tissue 0 to 100); give --window LOW HIGH, or another --modality")
+        raise InputError(f"{path}: the values run from {sample.min():g} to {sample.max():g}, but are not HU (air "
+                         "-1000, fat -100, soft tissue 0 to 100); give --window LOW HIGH, or another --modality")
     if modality == "ct":
         return WINDOWS["synapse"]
     low, high = np.percentile(sample, (0.5, 99.5)).tolist()

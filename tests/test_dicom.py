@@ -1,4 +1,4 @@
-"""readers/dicom.py: wherever a series is read, each voxel lies where DICOM says; everything else is refused in one line.
+"""readers/dicom.py: wherever a series is read, each voxel lies where DICOM says; all else is refused in one line.
 
 The truth is what the files' attributes say, by DICOM's own equation (part 3, C.7.6.2.1.1), and SimpleITK's reader.
 """
@@ -57,7 +57,7 @@ def dataset(pixels, sop=uid.CTImageStorage, **change):
 
 
 def save(d, file, **change):
-    """Writes a file, then changes the attributes `change` in it: bytes as they are to stand there, or ..., not at all."""
+    """Writes a file, then changes the attributes `change` in it: bytes as they are to stand there, or ...: none."""
     d.save_as(file, enforce_file_format=True)
     content = file.read_bytes()
     at = content.index(b"\10\0\26\0")  # SOPClassUID, the first one after the file's own header
@@ -143,7 +143,8 @@ def rotation(angles):
 def test_a_series(tmp_path):
     volume, grid = check(series(tmp_path / "s", order=[2, 0, 5, 3, 1, 4]))
     assert np.array_equal(volume, gray(HU, WIDE))  # already upright
-    np.testing.assert_allclose(grid.affine, [[-0.9, 0, 0, 5], [0, -0.7, 0, 7], [0, 0, 2.5, 100], [0, 0, 0, 1]], atol=1e-9)
+    affine = [[-0.9, 0, 0, 5], [0, -0.7, 0, 7], [0, 0, 2.5, 100], [0, 0, 0, 1]]
+    np.testing.assert_allclose(grid.affine, affine, atol=1e-9)
     assert grid.spacing == [2.5, 0.7, 0.9] and grid.tilt == 0
 
 
@@ -181,20 +182,22 @@ def test_a_tilted_gantry_is_a_shear(tmp_path):
     (dict(ImagePositionPatient=lambda z: [0, 5 * z, 2.5 * z]), "5 mm beside"),
     (dict(ImagePositionPatient=lambda z: [0, 0, 2.5 * z + 0.3 * (z == 3)]), "lies 2.8 mm"),
     (dict(ImagePositionPatient=[0, 0, 0]), "doubled"),
-    (dict(ImageOrientationPatient=lambda z: [1, 0, 0, 0, 0, -1] if z == 0 else [1, 0, 0, 0, 1, 0]), "000.dcm: its ImageOri"),
+    (dict(ImageOrientationPatient=lambda z: [1, 0, 0, 0, 0, -1] if z == 0 else [1, 0, 0, 0, 1, 0]), "000.dcm: its Im"),
     (dict(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "ImageOrientationPatient"),
     (dict(ImageOrientationPatient=[1, 0, 0, 0, 1.1, 0]), "ImageOrientationPatient"),
     (dict(PixelSpacing=lambda z: [0.7, 0.9] if z != 4 else [0.7, 0.8]), "004.dcm: its PixelSpacing"),
     (dict(PixelSpacing=[0, 0.9]), "PixelSpacing"), (dict(PixelSpacing=[-1, 0.9]), "PixelSpacing"),
     (dict(PixelSpacing=[700, 900]), "700"), (dict(PixelSpacing=...), "no PixelSpacing"),
-    (dict(ImageOrientationPatient=...), "no ImageOrientationPatient"), (dict(ImagePositionPatient=b""), "no ImagePosition"),
+    (dict(ImageOrientationPatient=...), "no ImageOrientationPatient"),
+    (dict(ImagePositionPatient=b""), "no ImagePosition"),
     (dict(ImagePositionPatient=lambda z: b"" if z == 2 else [0, 0, 2.5 * z]), "002.dcm: has no ImagePosition"),
     (dict(ImagePositionPatient=b"1\\2"), "ImagePositionPatient is"), (dict(ImagePositionPatient=b"1\\2\\nan"), "nan"),
     (dict(ImagePositionPatient=b"a\\b\\c "), "ImagePositionPatient is"), (dict(RescaleSlope=b"0 "), "RescaleSlope"),
     (dict(RescaleSlope=b"1\\2 "), "RescaleSlope"), (dict(RescaleIntercept=b"nan "), "RescaleIntercept"),
     (dict(Rows=...), "Rows"), (dict(Rows=lambda z: 5 if z != 5 else 4), "005.dcm: its size"),
     (dict(SamplesPerPixel=2), "SamplesPerPixel"), (dict(NumberOfFrames=b"999999999 "), "NumberOfFrames"),
-    (dict(PixelData=b"12"), "its pixels"), (dict(PixelData=lambda z: b"12" if z == 5 else raw(HU[z]).tobytes()), "005.dcm"),
+    (dict(PixelData=b"12"), "its pixels"),
+    (dict(PixelData=lambda z: b"12" if z == 5 else raw(HU[z]).tobytes()), "005.dcm"),
     (dict(PixelData=...), "its pixels"), (dict(BitsAllocated=b"\7\0"), "its pixels")])
 def test_a_bad_series_is_named(change, named, tmp_path):
     change = {name: value if callable(value) else (lambda z, value=value: value) for name, value in change.items()}
@@ -207,20 +210,21 @@ def test_files_beside_slices(tmp_path):
     folder = series(tmp_path / "s")
     for name in ("note.txt", "report.pdf", "dose.xml", ".DS_Store", "._000.dcm", "x.csv", "Thumbs.db"):
         (folder / name).write_bytes(b"no slice")
-    for n, sop in enumerate((uid.BasicTextSRStorage, uid.SegmentationStorage, uid.GrayscaleSoftcopyPresentationStateStorage,
-                             uid.KeyObjectSelectionDocumentStorage, uid.MediaStorageDirectoryStorage,
+    for n, sop in enumerate((uid.BasicTextSRStorage, uid.SegmentationStorage,
+                             uid.GrayscaleSoftcopyPresentationStateStorage, uid.KeyObjectSelectionDocumentStorage,
+                             uid.MediaStorageDirectoryStorage,
                              uid.RTStructureSetStorage, uid.EncapsulatedPDFStorage, uid.RawDataStorage)):
         dataset(raw(HU[0]), sop, SeriesInstanceUID=f"1.{n}").save_as(folder / f"other{n}", enforce_file_format=True)
     assert np.array_equal(check(folder)[0], gray(HU, WIDE))
     for place in (0, 3, 5):
         file = folder / f"{place:03d}.dcm"
         good = file.read_bytes()
-        for content in (b"", good[:100], good[:140], good[:400], good[:len(good) // 2], good[:-1], good[:-2], bytes(len(good)),
-                        b"\0" * 128 + b"DICM" + b"\xff" * 300, b"<html>" * 99):
+        for content in (b"", good[:100], good[:140], good[:400], good[:len(good) // 2], good[:-1], good[:-2],
+                        bytes(len(good)), b"\0" * 128 + b"DICM" + b"\xff" * 300, b"<html>" * 99):
             file.write_bytes(content)
             fails(lambda: read_dicom(folder, WIDE, "ct"), file)
         file.write_bytes(good)
-    dataset(raw(HU[0]), "1.3.46.670589.11", SeriesInstanceUID="1.5").save_as(folder / "private", enforce_file_format=True)
+    save(dataset(raw(HU[0]), "1.3.46.670589.11", SeriesInstanceUID="1.5"), folder / "private")
     fails(lambda: read_dicom(folder, WIDE, "ct"), folder, "2 series")
     save(pydicom.dcmread(folder / "private"), folder / "private", Rows=...)
     check(folder)  # a private class without an image
@@ -242,7 +246,8 @@ def test_several_series(tmp_path):
     for n, (name, number) in enumerate((("1.2.7", 6), ("1.2.8", 6))):
         for file in series(tmp_path / name, HU[:4] // 2, SeriesInstanceUID=name, SeriesNumber=number).iterdir():
             shutil.copy(file, folder / f"{name}-{file.name}")
-    fails(lambda: read_dicom(folder, WIDE, "ct"), folder, "3 series", "--series", "4 (ABDOMEN ct, 6 of 5 x 7)", "1.2.7 (")
+    fails(lambda: read_dicom(folder, WIDE, "ct"), folder, "3 series", "--series", "4 (ABDOMEN ct, 6 of 5 x 7)",
+          "1.2.7 (")
     assert np.array_equal(read_dicom(folder, WIDE, "ct", "4")[0], gray(HU, WIDE))
     assert np.array_equal(read_dicom(folder, WIDE, "ct", "1.2.8")[0], gray(HU[:4] // 2, WIDE))
     for wrong in ("6", "5", "x"):
@@ -300,7 +305,8 @@ def test_enhanced_files(shared, tmp_path):
 
 def test_a_single_slice(tmp_path):
     """A file alone: axial slices lie on their grid, upright, however they are stored; others are images."""
-    for turn, where in ((np.eye(3), HU[:1]), (np.diag([1, -1, -1.0]), HU[:1, ::-1]), (np.diag([-1, -1, 1.0]), HU[:1, ::-1, ::-1])):
+    for turn, where in ((np.eye(3), HU[:1]), (np.diag([1, -1, -1.0]), HU[:1, ::-1]),
+                        (np.diag([-1, -1, 1.0]), HU[:1, ::-1, ::-1])):
         folder = series(tmp_path / "s", HU[:1], turn)
         volume, _ = check(folder)
         assert np.array_equal(volume, gray(where, WIDE))
@@ -330,7 +336,8 @@ def test_monochrome1(tmp_path):
     plain, turned = HU + 1000, 1000 - HU
     shown = []
     for n, (stored, kind) in enumerate(((plain, "MONOCHROME2"), (turned, "MONOCHROME1"))):
-        folder = series(tmp_path / str(n), stored - 1024, RescaleIntercept=0, Modality="DX", PhotometricInterpretation=kind)
+        folder = series(tmp_path / str(n), stored - 1024, RescaleIntercept=0, Modality="DX",
+                        PhotometricInterpretation=kind)
         shown.append([read_dicom(folder, window, "x-ray")[0].astype(int) for window in (None, (400, 1600))])
     assert np.abs(np.array(shown[0]) - shown[1]).max() <= 1
     folder = series(tmp_path / "ct", PhotometricInterpretation="MONOCHROME1")
@@ -344,8 +351,8 @@ def test_padding(value, limit, tmp_path):
     stored[:, :, :10] = -2000
     (tmp_path / "s").mkdir()
     for z in range(3):
-        d = dataset(stored[z], Modality="MR", ImagePositionPatient=[0, 0, 3 * z], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
-                    PixelSpacing=[1, 1])
+        d = dataset(stored[z], Modality="MR", ImagePositionPatient=[0, 0, 3 * z],
+                    ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[1, 1])
         names = {"PixelPaddingValue": value} | ({} if limit is None else {"PixelPaddingRangeLimit": limit})
         save(d, tmp_path / f"s/{z}.dcm", **{k: struct.pack("<i", v)[:2] for k, v in names.items()})
     volume, _, (low, high) = read_dicom(tmp_path / "s", None, "mr")
@@ -401,7 +408,7 @@ def test_images(tmp_path):
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     folder = series(tmp_path / "s", PixelData=b"12")
     monkeypatch.setattr(dicom, "get_decoder", lambda syntax: SimpleNamespace(
-        available_plugins=("pillow",), missing_dependencies=["pylibjpeg - requires pylibjpeg>=2.0 and pylibjpeg-libjpeg>=2.1"]))
+        available_plugins=("pillow",), missing_dependencies=["pylibjpeg - requires pylibjpeg and pylibjpeg-libjpeg"]))
     fails(lambda: read_dicom(folder, WIDE, "ct"), folder / "000.dcm", "pip install pylibjpeg")
 
 
@@ -425,10 +432,12 @@ def real(name):
 
 @pytest.mark.parametrize("packed,plain", [
     ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm"), ("MR_small_jp2klossless.dcm", "MR_small.dcm"),
-    ("MR_small_RLE.dcm", "MR_small.dcm"), ("MR_small_bigendian.dcm", "MR_small.dcm"), ("MR_small_padded.dcm", "MR_small.dcm"),
-    ("693_J2KR.dcm", "693_UNCR.dcm"), ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm"), ("SC_rgb_gdcm_KY.dcm", "SC_rgb_rle.dcm"),
+    ("MR_small_RLE.dcm", "MR_small.dcm"), ("MR_small_bigendian.dcm", "MR_small.dcm"), ("693_J2KR.dcm", "693_UNCR.dcm"),
+    ("MR_small_padded.dcm", "MR_small.dcm"), ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm"),
+    ("SC_rgb_gdcm_KY.dcm", "SC_rgb_rle.dcm"),
     ("emri_small_jpeg_ls_lossless.dcm", "emri_small.dcm"), ("US1_J2KR.dcm", "US1_UNCR.dcm"),
-    ("JPGExtended.dcm", None), ("JPEG-LL.dcm", None), ("JPGLosslessP14SV1_1s_1f_8b.dcm", None), ("bad_sequence.dcm", None)])
+    ("JPGExtended.dcm", None), ("JPEG-LL.dcm", None), ("JPGLosslessP14SV1_1s_1f_8b.dcm", None),
+    ("bad_sequence.dcm", None)])
 def test_compressed_files(packed, plain):
     """Give what the same file gives uncompressed, or what SimpleITK's own decoders make of it."""
     pytest.importorskip("openjpeg" if "j2k" in packed.lower() or "jp2" in packed else "libjpeg")

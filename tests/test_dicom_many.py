@@ -22,13 +22,14 @@ MANY = settings(max_examples=int(os.environ.get("EXAMPLES", 100)), deadline=None
                 suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 ANGLE = st.floats(-3.1, 3.1)
 NAMES = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope",
-         "RescaleIntercept", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit",
-         "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit", "Modality",
+         "RescaleIntercept", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "BitsAllocated", "BitsStored",
+         "HighBit", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+         "Modality",
          "SeriesNumber", "SeriesInstanceUID", "PixelData", "SpacingBetweenSlices", "PlanarConfiguration",
          "ModalityLUTSequence", "PerFrameFunctionalGroupsSequence")
-ODD = st.sampled_from([..., b"", b"nan ", b"inf ", b"0 ", b"1 ", b"-1", b"1\\2 ", b"1\\0\\0\\0\\1\\0 ", b"0\\0\\nan", b"1e999 ",
-                       b"abc ", b"\0\0", b"\1\0", b"\3\0", b"\xff\xff", b"\7\0\7\0", b"MONOCHROME1 ", b"RGB ", b"CT"]) | st.binary(
-                           max_size=12).map(lambda x: x + b" " * (len(x) % 2))
+ODD = st.sampled_from([..., b"", b"nan ", b"inf ", b"0 ", b"1 ", b"-1", b"1\\2 ", b"1\\0\\0\\0\\1\\0 ", b"0\\0\\nan",
+                       b"1e999 ", b"abc ", b"\0\0", b"\1\0", b"\3\0", b"\xff\xff", b"\7\0\7\0", b"MONOCHROME1 ",
+                       b"RGB ", b"CT"]) | st.binary(max_size=12).map(lambda x: x + b" " * (len(x) % 2))
 
 
 @given(st.data())
@@ -43,7 +44,8 @@ def test_slices_that_lie_anyhow(data):
     count = draw(st.integers(2, 6))
     order = draw(st.permutations(range(count)))
     fault = draw(st.sampled_from(["none", "none", "missing", "doubled", "shifted", "beside"]))
-    where, by = draw(st.integers(1, 4)), turn[:, 2 if fault == "shifted" else draw(st.integers(0, 1))] * draw(st.floats(0.3, 50))
+    where, axis = draw(st.integers(1, 4)), 2 if fault == "shifted" else draw(st.integers(0, 1))
+    by = turn[:, axis] * draw(st.floats(0.3, 50))
     if fault != "none":
         count, order = 6, draw(st.permutations(range(6)))
     position = lambda z: decimals(np.array(start) + z * step + by * (fault in ("shifted", "beside") and z == where))
@@ -59,12 +61,13 @@ def test_slices_that_lie_anyhow(data):
             fails(lambda: read_dicom(folder, WIDE, "ct"), folder)
 
 
-@given(st.lists(st.tuples(st.integers(-1, 3), st.sampled_from(NAMES), ODD), max_size=3), st.integers(0, 5), st.integers(0, 3),
-       st.floats(0, 0.999), st.integers(0, 255), st.sampled_from(["ct", "mr"]), st.sampled_from([None, WIDE]))
+@given(st.lists(st.tuples(st.integers(-1, 3), st.sampled_from(NAMES), ODD), max_size=3), st.integers(0, 5),
+       st.integers(0, 3), st.floats(0, 0.999), st.integers(0, 255), st.sampled_from(["ct", "mr"]),
+       st.sampled_from([None, WIDE]))
 @MANY
 def test_any_attribute_may_be_odd(edits, cut, which, where, byte, modality, window):
-    """Attributes of a slice, or of all, are missing, empty, too many, no numbers; files are cut off or changed: one line,
-    or every voxel where pydicom, too, says that it lies."""
+    """Attributes of a slice, or of all, are missing, empty, too many, no numbers; files are cut off or changed: one
+    line, or every voxel where pydicom, too, says that it lies."""
     with tempfile.TemporaryDirectory() as folder:
         folder = series(Path(folder), HU[:4])
         for file in folder.iterdir():

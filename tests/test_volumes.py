@@ -79,7 +79,8 @@ def test_formats_are_told_by_their_bytes(tmp_path):
     second = nib.Nifti2Image.from_image(nib.load(tmp_path / "a.nii"))
     big = nib.Nifti1Image(stored, truth[1].affine, nib.Nifti1Header(endianness=">"))
     for name, content in (("plain.nii.gz", plain), ("packed.nii", gzip.compress(plain)), ("b.nii", bz2.compress(plain)),
-                          ("scan", plain), ("two.nii.gz", gzip.compress(second.to_bytes())), ("big.nii", big.to_bytes())):
+                          ("scan", plain), ("two.nii.gz", gzip.compress(second.to_bytes())),
+                          ("big.nii", big.to_bytes())):
         (tmp_path / name).write_bytes(content)
         volume, grid, _ = read_nifti(tmp_path / name, None, "ct")
         assert np.array_equal(volume, truth[0]) and np.allclose(grid.affine, truth[1].affine)
