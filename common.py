@@ -75,8 +75,8 @@ REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 
 def run(main, *errors):
-    """Calls main(). InputError, the exception classes `errors`, and a file that the system refuses to write where nobody
-    else has said so become one line on stderr and exit status 2."""
+    """Calls main(). InputError, the exception classes `errors`, and a file that the system refuses to write where
+    nobody else has said so become one line on stderr and exit status 2."""
     script = Path(sys.argv[0]).name
     keep_freed_memory()
     codecs.register_error("printed", print_anyway)
@@ -186,8 +186,8 @@ def write_atomically(path, content):
 
 
 def lock(file, wait=True):
-    """Locks an open file or descriptor until it is closed -> True; False where another process holds it, without `wait`;
-    None where locks are not supported (Windows, some network disks)."""
+    """Locks an open file or descriptor until it is closed -> True; False where another process holds it, without
+    `wait`; None where locks are not supported (Windows, some network disks)."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

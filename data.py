@@ -165,8 +165,8 @@ def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, l
     else:
         root = Path(root or Path("data") / name)
         if not root.is_dir():
-            raise InputError(f"{root}: no such folder; name the one that holds {name} with --data DIR (docs/data.md: how "
-                             "to get it)")
+            raise InputError(f"{root}: no such folder; name the one that holds {name} with --data DIR (docs/data.md: "
+                             "how to get it)")
         source = SOURCES[name](root, split, **options)
     return Dataset(source, image_size, fraction, limit, seed)
 
@@ -286,7 +286,7 @@ class Batch:
     dense_masks: torch.Tensor | None = None  # bool [B, K, S/2, S/2]
     known: torch.Tensor | None = None  # bool [B, K]: whether it is known if the image has the structure
     seed: int = 0  # of the words that are dropped
-    contrast: list = field(default_factory=list)  # 2N dicts of texts, two of each of N structures; in one part of a step
+    contrast: list = field(default_factory=list)  # 2N dicts of texts, two of each of N structures; once a step
 
     def __len__(self):
         """B."""
@@ -498,8 +498,8 @@ class Batches(torch.utils.data.Dataset):
         return batch
 
     def join(self, batches, step, pairs):
-        """One Batch of several, each of one image, and the pairs of texts that it has to compare; the images stay behind
-        where all features are there."""
+        """One Batch of several, each of one image, and the pairs of texts that it has to compare; the images stay
+        behind where all features are there."""
         seed = int(seeded("dropped", self.seed, step).integers(2 ** 31))
         if not batches:
             S = self.dataset.image_size
@@ -533,7 +533,8 @@ def add_data_flags(parser):
     add("--data", help="folder of the data (default: data/<dataset>)")
     add("--axes", choices=("xyz", "z"),
         help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
-    add("--overlap", type=number(0, 1), help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
+    add("--overlap", type=number(0, 1),
+        help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
     add("--contrast", type=number(0, 10), help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
     add("--size", type=number(high=3, above=0), help="demo: factor on the organs' size, up to 3 (default 1)")
     add("--attributes-file", help="a JSON file of texts in place of attributes.json")

@@ -328,8 +328,8 @@ class TextEncoder(nn.Module):
         return x.float() * valid[..., None], valid
 
     def tokens(self, text):
-        """A string -> tokens [n,d], without what follows the end of text. Each text is encoded alone, so that rounding does
-        not depend on which ones happen to come together."""
+        """A string -> tokens [n,d], without what follows the end of text. Each text is encoded alone, so that rounding
+        does not depend on which ones happen to come together."""
         key = text, next(self.parameters()).device
         if key in self.kept:
             entry = self.kept.pop(key)

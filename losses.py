@@ -83,8 +83,8 @@ class Objective(nn.Module):
         self.decode, self.drop = decode, drop  # whether masks are decoded; the share of the texts' tokens left out
 
     def forward(self, batch, features, count, images, clicks=(), world=1):
-        """The loss of one Batch on features [B,C,H,W], and its parts [5] as in PARTS. count, images: the targets and the
-        images of all processes together; world: how many processes compute the same term on texts.
+        """The loss of one Batch on features [B,C,H,W], and its parts [5] as in PARTS. count, images: the targets and
+        the images of all processes together; world: how many processes compute the same term on texts.
 
         clicks: the number of points in each further round, in which SAM is shown its own last answer and points from
         its error (SAM-Med2D's interactive training). The rounds share encoding, texts and one backward pass, where

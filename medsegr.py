@@ -325,9 +325,9 @@ class MedSegR(nn.Module):
         return features_key(self)
 
     def text_tokens(self, texts, empty=False, drop=None):
-        """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1): frozen
-        tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of the M is,
-        int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start and end
+        """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1):
+        frozen tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of
+        the M is, int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start and end
         tokens alone. drop: (share, torch.Generator): for training, so many tokens of each text are taken out."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
@@ -340,9 +340,10 @@ class MedSegR(nn.Module):
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
         encoded = {t: self.clip.tokens(t) for triple in row for t in triple}
         lengths = torch.tensor([[len(encoded[t]) for t in triple] for triple in row], device=self.device)
-        T = torch.stack([torch.stack([F.pad(encoded[t], (0, 0, 0, self.clip.context - len(encoded[t]))) for t in triple])
-                         for triple in row])
-        valid = torch.arange(self.clip.context, device=self.device) < lengths[..., None]
+        L = self.clip.context
+        padded = {t: F.pad(tokens, (0, 0, 0, L - len(tokens))) for t, tokens in encoded.items()}
+        T = torch.stack([torch.stack([padded[t] for t in triple]) for triple in row])
+        valid = torch.arange(L, device=self.device) < lengths[..., None]
         if drop:
             share, generator = drop
             kept = torch.rand(valid.shape, generator=generator) >= share

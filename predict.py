@@ -49,11 +49,12 @@ def parse():
     add("--modality", default="ct", choices=VARIATION)
     add("--window", type=number(), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
     add("--series", help="which one of a DICOM folder, by its number or UID")
-    add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"), help="one per target, in pixels")
+    add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"),
+        help="one per target, in pixels")
     add("--point", type=float, nargs="+", action="append", metavar="X Y [1|0]",
         help="in pixels, 1 inside (default) or 0 outside; with a single target")
-    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet, or this frame of a film; boxes "
-        "and points need it")
+    add("--slice", type=int, help="only this axial slice of a volume, from 0 at the feet, or this frame of a film; "
+        "boxes and points need it")
     add("--page", type=number(0, kind=int), help="which page of a TIFF, or frame of an animation, from 0")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
@@ -65,7 +66,8 @@ def parse():
     if bool(args.target) == bool(free):
         raise InputError("say what to find: either --target NAME, or --position, --texture and --shape")
     if free and len(free) < 3:
-        raise InputError(f"--{next(k for k in ATTRIBUTES if k not in free)}: missing; give all three texts, or --target")
+        missing = next(kind for kind in ATTRIBUTES if kind not in free)
+        raise InputError(f"--{missing}: missing; give all three texts, or --target")
     if free and args.mean_wordings > 1:
         raise InputError("--mean-wordings: is for the texts of a --target; leave it out")
     for flag in ("texts", "dataset", "attributes_file") if free else ():
@@ -158,8 +160,8 @@ def claimed(args, path):
 # From input to results
 
 def read_input(path, args):
-    """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None, what is to be said of its values),
-    by what the file holds, whatever it is called."""
+    """-> (an image uint8 [H,W,3] or a volume uint8 [D,H,W], the volume's Grid or None, what is to be said of its
+    values), by what the file holds, whatever it is called."""
     grid = window = None
     said, dicom = [], path.is_dir() or is_dicom(path)
     if dicom:
@@ -201,7 +203,8 @@ def check_prompts(args, size):
             raise InputError(f"--point {x:g} {y:g}: outside of the image of {w} x {h} pixels")
     points = None
     if args.point:
-        points = np.array([[p[:2] for p in args.point]], np.float32), np.array([[(p + [1])[2] for p in args.point]], int)
+        places, labels = [p[:2] for p in args.point], [(p + [1])[2] for p in args.point]
+        points = np.array([places], np.float32), np.array([labels], int)
     return args.box and np.array(args.box, np.float32), points
 
 
@@ -261,7 +264,8 @@ def predict_input(args, model, texts, path, read=None):
         write_image(args, name, pixels, answer)
     for i, target in enumerate(args.names if args.explain else ()):
         file = args.out / f"{name}-{file_part(target)}-explained.png"
-        plots.explanation(file, target, inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision))
+        found = inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision)
+        plots.explanation(file, target, found)
         print(f"wrote {file}")
 
 

@@ -53,8 +53,8 @@ class Texts:
         known = self.classes.get(target)
         if not isinstance(known, dict):
             known = known_names(target, self.classes)
-            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; it has {known}; give one of these, '
-                             f'or add under "{self.name}": "{target}": {FORM}')
+            raise InputError(f'{self.path}: no texts for {self.name}\'s class {target}; it has {known}; give one of '
+                             f'these, or add under "{self.name}": "{target}": {FORM}')
         texts = known.get(kind)
         where = f"{self.name}, {target}, {kind}"
         if isinstance(texts, dict):
@@ -67,8 +67,8 @@ class Texts:
         return texts
 
     def check_images(self, images, targets):
-        """InputError if no text of single images is of one of these images (or cases) and targets, so that --texts would
-        change nothing; says which of them have none."""
+        """InputError if no text of single images is of one of these images (or cases) and targets, so that --texts
+        would change nothing; says which of them have none."""
         pairs = [(image, target) for image in images for target in targets]
         lacking = [pair for pair in pairs if pair not in self.images]
         if self.images and len(lacking) == len(pairs):

@@ -27,8 +27,8 @@ class Kvasir:
             train, test = self.listed("train"), self.listed("test")
             both, neither = sorted(set(train) & set(test)), sorted(self.files.keys() - {*train, *test})
             if both:
-                raise InputError(f"{self.root / 'test.txt'}: names {both[0]}, and so does train.txt; take it out of one "
-                                 "of them")
+                raise InputError(f"{self.root / 'test.txt'}: names {both[0]}, and so does train.txt; take it out of "
+                                 "one of them")
             if neither:
                 self.problems.append(f"{self.root / 'images' / self.files[neither[0]]}, one of {len(neither)} that "
                                      "neither train.txt nor test.txt names: is not used; add it to one of them")
