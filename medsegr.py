@@ -327,8 +327,8 @@ class MedSegR(nn.Module):
     def text_tokens(self, texts, empty=False, drop=None):
         """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1):
         frozen tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of
-        the M is, int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start and end
-        tokens alone. drop: (share, torch.Generator): for training, so many tokens of each text are taken out."""
+        the M is, int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start
+        and end tokens alone. drop: (share, torch.Generator): for training, so many tokens of each text are left out."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():

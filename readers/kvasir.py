@@ -68,8 +68,8 @@ class Kvasir:
             raise InputError(f"{path}: {list(mask.shape)}, but its image is {list(image.shape[:2])}; store both on one "
                              "grid")
         if mask.all() or not mask.any():
-            raise InputError(f"{path}: {'full' if mask.any() else 'empty'}, but every image of Kvasir-SEG shows a polyp "
-                             "and what lies around it; restore the mask")
+            raise InputError(f"{path}: {'full' if mask.any() else 'empty'}, but every image of Kvasir-SEG shows a "
+                             "polyp and what lies around it; restore the mask")
         return from_labels(image, mask.astype(np.uint8), self.classes, "endoscopy")
 
 

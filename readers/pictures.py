@@ -134,8 +134,8 @@ def opened(path, page=None):
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut out a part, "
-                         "or make it smaller") from None
+        raise InputError(f"{path}: has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut out a "
+                         "part, or make it smaller") from None
     except Exception as e:  # damaged bytes make Pillow raise nearly anything
         raise InputError(f"{path}: cannot be read as {kind} ({' '.join(str(e).split())[:150]}): truncated, damaged, or "
                          "of a rare kind; copy it again, or store it as a PNG of 8 bits") from None
@@ -165,7 +165,7 @@ def read_image(path, page=None, window=None, say=None):
             raise InputError(f"{path}: pixels of kind {image.mode}, which are not read; store it as RGB or gray")
         if halved and max(high for _, high in image.getextrema()[:3]) < 64:
             raise InputError(f"{path}: has 16 bits a colour, but its values use a quarter of their range or less, of "
-                             "which too few levels can be read; scale them to the whole range, or store 8 bits a colour")
+                             "which too few levels can be read; scale them to the whole range, or store 8 bits")
         pixels = upright(image, to_pixels(image))
     return pixels if pixels.ndim == 3 else gray_to_rgb(pixels)
 
@@ -254,8 +254,8 @@ def read_mask(path):
         return values > 127
     if len(found) > 2 or len(found) == 2 and found[0] != 0:
         listed = ", ".join(f"#{v:06x}" if values.dtype == np.int64 else f"{v:g}" for v in found[:6])
-        raise InputError(f"{path}: holds {len(found)} values ({listed}{', ...' * (len(found) > 6)}), but a mask has two, "
-                         "0 and another; store a mask for each structure")
+        raise InputError(f"{path}: holds {len(found)} values ({listed}{', ...' * (len(found) > 6)}), but a mask has "
+                         "two, 0 and another; store a mask for each structure")
     return values != 0
 
 
@@ -298,5 +298,5 @@ def check_noise(path, values):
     bins = np.bincount(values.ravel(), minlength=256)[32:224].reshape(12, 16).sum(1)
     pairs = np.convolve(bins, (1, 1), "valid")
     if pairs.max() > max(20, bins.sum() / 2):
-        raise InputError(f"{path}: many values are near {48 + 16 * pairs.argmax()}, but a mask has two, 0 and 255; store "
-                         "a mask for each structure")
+        raise InputError(f"{path}: many values are near {48 + 16 * pairs.argmax()}, but a mask has two, 0 and 255; "
+                         "store a mask for each structure")
