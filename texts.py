@@ -79,18 +79,16 @@ class Texts:
 
     def unused(self, sources):
         """A line about the texts of single images that are of no image, case or class of these data sets, as readers/
-        gives them; "" if there are none. InputError if all of them are."""
+        gives them; "" if there are none."""
         if not self.images:
             return ""
         names = {name for source in sources for i in range(len(source)) for name in (source.key(i), source.case(i))}
         classes = {target for source in sources for target in source.classes}
         lost = [pair for pair in self.images if pair[0] not in names or pair[1] not in classes]
-        said = (f"--texts {self.file}: {len(lost)} of {len(self.images)} lines are of no image or class here, such as "
-                f"{listed_pairs(lost)}")
-        if len(lost) == len(self.images):
-            raise InputError(f"{said}; an image is called like {sources[0].key(0)}, a class like "
-                             f"{sources[0].classes[0]}; correct the file, or leave --texts out")
-        return said if lost else ""
+        if not lost:
+            return ""
+        return (f"--texts {self.file}: {len(lost)} of {len(self.images)} lines are of no image or class here: "
+                f"{listed_pairs(lost)}; an image is called like {sources[0].key(0)}, a class like {sources[0].classes[0]}")
 
     def own(self, target, sample):
         """The texts of this very image, or of its case; {} where there are none, or no sample."""

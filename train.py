@@ -116,7 +116,7 @@ def set_up(args, rank, world, device, signals):
     if rank == 0:
         r.log = Log(r.out, step, r.progress["validated"])
         save_run(r.out, model, device, world, *r.about.values(), step)
-    r.started = time.time() - r.progress["seconds"]
+    r.started, r.targets = time.time() - r.progress["seconds"], 0  # targets: how many there were in all steps
     return r
 
 
@@ -156,7 +156,7 @@ def train(r):
     bar = tqdm(range(progress["step"], r.steps), "training", total=r.steps, initial=progress["step"],
                disable=r.rank > 0, unit="step", mininterval=1)
     shown = saved = time.time()
-    images = in_a_row = 0
+    images, in_a_row, step_count = 0, 0, r.steps - progress["step"]
     for step in bar:
         try:
             parts = next(loader)
@@ -179,6 +179,9 @@ def train(r):
         elif time.time() - saved > 60 * args.save_minutes:
             save(r)
             saved = time.time()
+    if step_count and not r.targets:
+        raise InputError(f"{r.out}: none of the {step_count} steps had a structure to learn: the masks are empty, or do "
+                         f"not fit their images; python data.py stats --dataset {args.dataset} names them")
     r.say(f"{r.out}: {r.steps} steps in {progress['seconds'] / 60:.1f} min, best validation Dice "
           f"{progress['best']:.4f} (prompt {r.val_prompt}, pixels pooled)"
           + (f", {progress['skipped']} steps without a finite gradient skipped" if progress["skipped"] else "")
@@ -190,6 +193,7 @@ def train_step(r, step, parts):
     args, world = r.args, r.world
     count, images, stop = total(sum(len(b.masks) for b in parts), sum(len(b) for b in parts),
                                 r.signals.seen is not None)
+    r.targets += count
     if stop:
         if step:
             save(r)

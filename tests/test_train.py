@@ -437,3 +437,19 @@ def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
 def test_exit_status_and_one_line(tmp_path):
     done = python("train.py", "--dataset", "brats")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "demo, synapse" in done.stderr
+
+
+def test_training_on_nothing_does_not_end_well(tmp_path):
+    """Masks that are all empty: the last line says so, and not how good the model is."""
+    from PIL import Image
+    from test_sa_med2d import write
+    write(tmp_path, cases=4)
+    for mask in (tmp_path / "masks").iterdir():
+        Image.new("L", Image.open(mask).size).save(mask)
+    words = {name: {kind: ["text"] for kind in ("position", "texture", "shape")} for name in ("liver", "left kidney", "polyp")}
+    (tmp_path / "a.json").write_text(json.dumps({"sa-med2d": words, "demo": words}))
+    with pytest.raises(InputError, match="none of the 2 steps had a structure") as e:
+        run_main(["--dataset", "sa-med2d", "--data", tmp_path, "--attributes-file", tmp_path / "a.json", "--light", "--cache",
+                  "none", "--image-size", 64, "--feature-grid", 4, "--max-steps", 2, "--batch-size", 2, "--workers", 0,
+                  "--prompt", "box", "--val-slices", 1, "--out", tmp_path / "o"])
+    assert "data.py stats" in str(e.value) and "\n" not in str(e.value)
