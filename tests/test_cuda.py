@@ -79,7 +79,7 @@ def host():
     files = (*kernels, *sorted(OPS.glob("*.h")), HERE / "host_cuda.h")
     text = [torch.__version__, MISTAKES] + [p.read_text() for p in files]
     name = "medsegr_host_" + hashlib.blake2b("\n".join(text).encode(), digest_size=8).hexdigest()
-    folder = build.build_root() / name
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or build.cpp_extension().get_default_build_root()) / name
     folder.mkdir(parents=True, exist_ok=True)
     with build.locked(folder / "lock"):
         if not (folder / "host.so").is_file():

@@ -295,5 +295,5 @@ def test_a_large_picture_is_thinned_where_it_is_drawn(model, tmp_path):
     rate = (found.probability > 0.5).mean() - answer.masks.mean()
     assert abs(rate) < 0.01 and (found.without["shape"].shape == (800, 50))
     plots.explanation(tmp_path / "x.png", "thing", found)
-    assert np.array_equal(explain(model[0], image[:600], predict.predict_image(model[0], image[:600], [TEXT]), 0,
+    assert np.array_equal(explain(model[0], image[:600], inference.predict_image(model[0], image[:600], [TEXT]), 0,
                                   [TEXT]).image, image[:600])
