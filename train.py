@@ -179,7 +179,7 @@ def train(r):
         elif time.time() - saved > 60 * args.save_minutes:
             save(r)
             saved = time.time()
-    if step_count and not r.targets:
+    if step_count and args.targets and not r.targets:
         raise InputError(f"{r.out}: none of the {step_count} steps had a structure to learn: the masks are empty, or do "
                          f"not fit their images; python data.py stats --dataset {args.dataset} names them")
     r.say(f"{r.out}: {r.steps} steps in {progress['seconds'] / 60:.1f} min, best validation Dice "

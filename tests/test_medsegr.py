@@ -235,7 +235,7 @@ def test_channel_attention_is_equation_4():
     expected = fused.clone()
     for m in range(M):
         t = block.norm_text(T_attr[m])
-        normed = block.norm(fused[m:m + 1])
+        normed = block.norm(fused[m:m + 1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         scale, shift, film = (f(t)[:, None, None] for f in (block.scale, block.shift, block.film))
         attr = scale * PE[0] + shift + film * normed[0]
         q, k, v = block.q(normed)[0], block.k(attr[None])[0], block.v(attr[None])[0]
