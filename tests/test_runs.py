@@ -37,10 +37,12 @@ def test_shipped_weights_are_small_and_give_the_same_answers(tmp_path):
             if p.dim() == 2:  # as after training: nothing behind the 30th token, and of low rank
                 p.copy_(0.1 * torch.randn(len(p), 4) @ torch.randn(4, p.shape[1]))
                 p[:, 30 * model.clip.width:] = 0
-    save_checkpoint(model, tmp_path / "out" / "best.safetensors", step=7)
+    arguments = dict(lr=0.1, data=str(tmp_path), out=str(tmp_path), init=None, cache=str(tmp_path))
+    save_checkpoint(model, tmp_path / "out" / "best.safetensors", step=7, arguments=arguments)
     runs.ship(tmp_path / "out", tmp_path / "weights" / "one.safetensors")
     again, record = load_checkpoint(tmp_path / "weights" / "one.safetensors")
-    assert record == {"step": 7} and again.config == model.config
+    assert record == {"step": 7, "arguments": {"lr": 0.1}} and again.config == model.config
+    assert not any(str(tmp_path).encode() in f.read_bytes() for f in (tmp_path / "weights").iterdir())
     sizes = [(tmp_path / file).stat().st_size for file in ("out/best.safetensors", "weights/one.safetensors")]
     assert sizes[1] < sizes[0] / 2
     features = torch.randn(3, 256, 16, 16)
