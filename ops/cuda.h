@@ -127,9 +127,13 @@ struct Place {
 
 // Calls f(r, pixel, at) for the rows of a strip that are in the image; at is the pixel's place in the group. These are
 // 32-bit numbers, to be added to addresses that all threads have in common: 64-bit ones would fill the registers.
-template <typename F> __device__ __forceinline__ void each_row(const Tile& t, const Place& p, F f) {
-  const unsigned pixel = p.y * t.W + p.x, at = p.plane * t.H * t.W + pixel;
+// AGAIN, in a loop whose sums fill the registers: the places are computed in every round, not kept (an empty asm, behind
+// which the compiler does not know the numbers any more).
+template <bool AGAIN = false, typename F>
+__device__ __forceinline__ void each_row(const Tile& t, const Place& p, F f) {
+  unsigned pixel = p.y * t.W + p.x, at = p.plane * t.H * t.W + pixel;
   const int rows = t.H - p.y;
+  if constexpr (AGAIN) asm("" : "+r"(pixel), "+r"(at));
 #pragma unroll
   for (int r = 0; r < R; ++r)
     if (r < rows) f(r, pixel + r * t.W, at + r * t.W);
@@ -146,15 +150,15 @@ template <typename T> __device__ void clear(const Tile& t, T* tile) {
 // Brings in `planes` channels [H,W], times the gate [H,W] if there is one. First every thread brings what lies under
 // its own strip, all of it at once, so that the reads wait for memory together; then comes the halo, if the image does
 // not end there.
-template <typename scalar_t, typename T>
+template <bool AGAIN = false, typename scalar_t, typename T>
 __device__ __forceinline__ void fill(const Tile& t, const Place& p, int planes, const scalar_t* from, const T* gate,
                                      T* tile) {
   T own[R];
   if (p.busy(t, planes)) {
-    each_row(t, p, [&](int r, unsigned, unsigned at) { own[r] = static_cast<T>(from[at]); });
-    if (gate) each_row(t, p, [&](int r, unsigned pixel, unsigned) { own[r] *= gate[pixel]; });
+    each_row<AGAIN>(t, p, [&](int r, unsigned, unsigned at) { own[r] = static_cast<T>(from[at]); });
+    if (gate) each_row<AGAIN>(t, p, [&](int r, unsigned pixel, unsigned) { own[r] *= gate[pixel]; });
     T* to = tile + p.at + t.pad * t.height + t.pad;
-    each_row(t, p, [&](int r, unsigned, unsigned) { to[r] = own[r]; });
+    each_row<AGAIN>(t, p, [&](int r, unsigned, unsigned) { to[r] = own[r]; });
   }
   const int size = t.height * t.width;
   for (int i = threadIdx.x; t.tiles() > 1 && i < planes * size; i += blockDim.x) {
@@ -219,10 +223,10 @@ __device__ __forceinline__ void kernel_sums(const Tile& t, const Place& p, const
   for (int c = p.first(t); c < p.last(t); c += t.planes, x += step, grad += step) {
     const int planes = min(t.planes, p.last(t) - c);
     __syncthreads();  // what was in the tile has been used
-    fill(t, p, planes, x, gate, tile);
+    fill<true>(t, p, planes, x, gate, tile);
     if (!p.busy(t, planes)) continue;
     T g[R] = {};
-    each_row(t, p, [&](int r, unsigned, unsigned at) { g[r] = static_cast<T>(grad[at]); });
+    each_row<true>(t, p, [&](int r, unsigned, unsigned at) { g[r] = static_cast<T>(grad[at]); });
     correlate<N, COLS>(sums, tile + p.at + shift, t.height, g);
   }
 }

@@ -87,7 +87,7 @@ shared_forward(Tile t, int k, bool mirrored, const scalar_t* from, const T* offs
   if (s.reach <= REACH) {
     s.make_dense();
     clear(t, s.tile);
-    fill<scalar_t, T>(t, p, planes, from, nullptr, s.tile);
+    fill(t, p, planes, from, static_cast<const T*>(nullptr), s.tile);
   }
   if (!p.busy(t, planes)) return;
   T acc[R] = {};

@@ -55,7 +55,7 @@ template <int K, typename scalar_t, typename T>
 __device__ __forceinline__ void transposed(const Tile& t, const Place& p, int planes, const scalar_t* grad, int k,
                                            const T* flipped, T* tile, T (&acc)[R]) {
   __syncthreads();  // what was in the tile has been used
-  fill<scalar_t, T>(t, p, planes, grad, nullptr, tile);
+  fill(t, p, planes, grad, static_cast<const T*>(nullptr), tile);
 #pragma unroll
   for (int r = 0; r < R; ++r) acc[r] = 0;
   if (p.busy(t, planes)) convolve<K>(acc, tile + p.at, t.height, k, flipped);
@@ -67,23 +67,23 @@ __global__ void __launch_bounds__(THREADS, 3) backward_x(Tile t, Operands<scalar
   T* weight = shared_memory<T>();
   T* tile = weight + t.front;
   const Place p(t, t.groups);
-  const int64_t b = p.m, begin = o.index ? 0 : b, end = o.index ? o.M : b + 1;
+  const int b = p.m, begin = o.index ? 0 : b, end = o.index ? o.M : b + 1;
   const int c = p.share * t.planes, planes = min(t.planes, t.C - c);
   T total[R] = {}, acc[R];
   clear(t, tile);
-  for (int64_t m = begin; m < end; ++m) {
+  for (int m = begin; m < end; ++m) {
     if (o.image(m) != b) continue;
     __syncthreads();  // the weights of the target before have been used
     o.load_weight(m, true, weight);
-    transposed<K>(t, p, planes, o.grad + (m * t.C + c) * t.HW, o.k, weight, tile, acc);
+    transposed<K>(t, p, planes, o.grad + (static_cast<int64_t>(m) * t.C + c) * t.HW, o.k, weight, tile, acc);
     if (!p.busy(t, planes)) continue;
     const T* gate = o.gate_of(m);
-    if (gate) each_row(t, p, [&](int r, unsigned pixel, unsigned) { acc[r] *= gate[pixel]; });
+    if (gate) each_row<true>(t, p, [&](int r, unsigned pixel, unsigned) { acc[r] *= gate[pixel]; });
 #pragma unroll
     for (int r = 0; r < R; ++r) total[r] += acc[r];
   }
   if (!p.busy(t, planes)) return;
-  scalar_t* to = grad_x + (b * t.C + c) * t.HW;
+  scalar_t* to = grad_x + (p.m * t.C + c) * t.HW;
   each_row(t, p, [&](int r, unsigned, unsigned at) { to[at] = static_cast<scalar_t>(total[r]); });
 }
 
@@ -122,10 +122,11 @@ __global__ void __launch_bounds__(THREADS, 2) backward_gate(Tile t, Operands<sca
 }
 
 // partial [chunks * tiles,M,k,k], to be summed: grad_weight[i,j] = sum_cp (gate * x)[c,p + (i,j)] * grad[c,p]. The
-// k x k sums are registers of every thread; larger kernels take several passes, each for 8 rows of one column.
+// k x k sums are registers of every thread; 9 x 9 takes three passes, each for three columns, and larger kernels one for
+// every 8 rows of a column, since more sums than these would not fit.
 template <int K, typename scalar_t, typename T = typename Sum<scalar_t>::type>
 __global__ void __launch_bounds__(THREADS, 2) backward_weight(Tile t, Operands<scalar_t> o, T* partial) {
-  constexpr int N = K ? K : 8, COLS = K ? K : 1;
+  constexpr int N = K ? K : 8, COLS = K == 9 ? 3 : K ? K : 1;
   T* tile = shared_memory<T>();
   const Place p(t, t.chunks);
   const scalar_t* x = o.x + (o.image(p.m) * t.C + p.first(t)) * t.HW;
@@ -158,6 +159,7 @@ struct Arguments {
     TORCH_CHECK_VALUE(index_ ? index.scalar_type() == at::kLong && index.sizes() == at::IntArrayRef({M}) : M == B,
                       "dynamic_conv2d: ", M, " kernels need an int64 index [M], or as many images");
     TORCH_CHECK_INDEX(M == 0 || B > 0, "dynamic_conv2d: there are no images");
+    TORCH_CHECK_VALUE(M <= INT_MAX, "dynamic_conv2d: too many targets");
     for (const Tensor& other : {weight, gate, index})
       TORCH_CHECK(!other.defined() || other.device() == x.device(), "dynamic_conv2d: arguments on several devices");
   }
