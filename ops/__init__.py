@@ -8,6 +8,7 @@ them. The result has the dtype of x; sums are in float32 (float64 for float64), 
 kernels take weight, gate and offset. Where nothing can be compiled, one warning says why and plain PyTorch runs.
 """
 import contextlib
+import os
 import warnings
 from functools import cache, partial
 
@@ -16,6 +17,8 @@ import torch
 from . import build, reference
 
 __all__ = ["deform_conv2d", "dynamic_conv2d", "reference_only"]
+
+DEBUG = bool(os.environ.get("MEDSEGR_DEBUG"))  # look at every index before a kernel does, which waits for the GPU
 
 library = torch.library.Library("medsegr", "DEF")
 library.define("dynamic_conv2d(Tensor x, Tensor weight, Tensor? gate, Tensor? index) -> Tensor")
@@ -33,6 +36,8 @@ def dynamic_conv2d(x, weight, gate=None, index=None):
     x [B,C,H,W]; weight [M,k,k], k odd; gate [M,H,W] or None; index int64 [M] or None (M = B) -> [M,C,H,W].
     """
     reference.check_dynamic(x, weight, gate, index)
+    if DEBUG and index is not None:
+        check_index(index, len(x))
     x, sums = autocast(x)
     if not compiled(x.device.type, x.dtype):
         return reference.dynamic_conv2d(x, weight, gate, index)
@@ -49,6 +54,13 @@ def deform_conv2d(x, offset, weight):
     if not compiled(x.device.type, x.dtype):
         return reference.deform_conv2d(x, offset, weight)
     return kernels.deform_conv2d(x, offset.to(sums), weight.to(sums))
+
+
+def check_index(index, images):
+    """IndexError that names a number which is none of 0 ... images - 1; CUDA's own answer is a device-side assert."""
+    wrong = index[(index < 0) | (index >= images)].tolist()
+    if wrong:
+        raise IndexError(f"dynamic_conv2d: index {wrong[0]} is not one of {images} images")
 
 
 def autocast(x):

@@ -221,6 +221,13 @@ def test_an_index_beyond_the_images_is_refused(wrong):
         ops.dynamic_conv2d(torch.zeros(2, 3, 4, 5), torch.zeros(1, 3, 3), None, torch.tensor([wrong]))
 
 
+def test_debug_names_a_bad_index_before_any_kernel_runs(monkeypatch):
+    monkeypatch.setattr(ops, "DEBUG", True)
+    monkeypatch.setattr(ops, "compiled", lambda *a: pytest.fail("too late"))
+    with pytest.raises(IndexError, match="index -1 is not one of 2 images"):
+        ops.dynamic_conv2d(torch.zeros(2, 3, 4, 5), torch.zeros(3, 3, 3), None, torch.tensor([0, -1, 1]))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_opcheck(seed):
     """Schema, fake kernels, autograd registration and ahead-of-time dispatch, as torch itself checks them."""
