@@ -5,6 +5,7 @@ all are. A segment is coded where DICOM knows a structure of its name, else it c
 """
 import hashlib
 import io
+import logging
 import re
 import warnings
 
@@ -20,10 +21,11 @@ from readers.volumes import along_file
 
 SAME = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")  # in all slices
 OWN = ("SOPClassUID", "SOPInstanceUID")  # of each file
-EMPTY = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
-         "StudyTime", "ReferringPhysicianName")  # what may be empty, but has to be there
+PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+           "StudyTime", "ReferringPhysicianName")  # may be empty
 ANATOMY = {code.meaning.lower(): code for code in (getattr(codes.cid7192, name) for name in codes.cid7192.dir())}
 SIDES = {"left": codes.SCT.Left, "right": codes.SCT.Right}
+logging.getLogger("highdicom").setLevel(logging.ERROR)  # it warns of empty labels
 REMEDY = "correct it, or leave --dicom-seg out"
 
 
@@ -78,8 +80,8 @@ def read_sources(grid):
     that readers/dicom.py has checked where highdicom looks for them. InputError if one lacks what is to be named."""
     heads = {s.path: load(s.path, stop_before_pixels=True) for s in grid.slices}
     if len(heads) not in (1, len(grid.slices)):
-        raise InputError(f"{grid.path}: its slices lie in several files of many frames, but a segmentation names one such "
-                         "file; leave --dicom-seg out")
+        raise InputError(f"{grid.path}: its slices lie in several files of many frames, but a segmentation names one "
+                         "such file; leave --dicom-seg out")
     first, one = grid.slices[0], heads[grid.slices[0].path]
     turn, spacing = decimals(first.orientation), decimals(first.spacing)
     thickness, = decimals([abs(first.thickness or 0) or np.linalg.norm(grid.affine[:3, 2])])
@@ -94,8 +96,6 @@ def read_sources(grid):
         if text(head, "SOPInstanceUID") in seen:
             raise InputError(f"{s.path}: another slice has its SOPInstanceUID; {REMEDY}")
         seen.add(text(head, "SOPInstanceUID"))
-        for name in EMPTY:
-            head.setdefault(name, "")
         head.ImagePositionPatient, head.ImageOrientationPatient = decimals(s.position), turn
         head.PixelSpacing, head.SliceThickness = spacing, thickness
         head.pop("SpacingBetweenSlices", None)  # some writers mean the gap, and highdicom measures it
@@ -126,13 +126,27 @@ def encode_dicom_seg(label, grid, names, version):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            highdicom.seg.Segmentation(
+            patient = [heads[0][name] for name in PATIENT if name in heads[0]]
+            for name in PATIENT:  # highdicom wants all of them, and none that breaks a rule, as a sex of "U" does
+                heads[0].pop(name, None)
+                setattr(heads[0], name, "")
+            seg = highdicom.seg.Segmentation(
                 heads, np.ascontiguousarray(masks), "BINARY",
                 [describe(number, name, version) for number, name in enumerate(names, 1)], uid.generate_uid(), 1000,
                 uid.generate_uid(), 1, manufacturer="MedSeg-R", manufacturer_model_name="MedSeg-R",
                 software_versions=version, device_serial_number="none", content_label="MEDSEG_R",
-                series_description="MedSeg-R", specific_character_set="ISO_IR 192").save_as(out)
+                series_description="MedSeg-R", specific_character_set="ISO_IR 192")
+            for element in patient:  # as the source has them, which files are matched by
+                seg.add(element)
+            seg.save_as(out)
     except Exception as e:  # highdicom and pydicom raise many things at attributes that DICOM does not allow
         raise InputError(f"{grid.path}: its attributes make no DICOM segmentation ({' '.join(str(e).split())[:150]}); "
                          f"{REMEDY}") from None
     return out.getvalue()
+
+
+def check_dicom_seg(grid, names):
+    """InputError for what encode_dicom_seg would refuse, before there is a label."""
+    label = np.zeros(grid.shape, np.uint8)
+    label[0, 0, 0] = 1
+    encode_dicom_seg(label, grid, names, "")

