@@ -7,9 +7,8 @@
 
 An image gives OUT/NAME-TARGET.png masks and an overlay; a volume OUT/NAME-label.nii.gz, aligned with its input (same
 shape, same affine; 1, 2, ... are the targets in order, see labels.json), and an overlay of three slices. --explain adds
-a picture per target of what its texts did, --dicom-seg OUT/NAME-seg.dcm, the label of a DICOM series as DICOM.
-OUT/NAME-input.json says whose results these are: those of another input are never replaced. As a function:
-inference.predict_image().
+a picture per target of what its texts did. OUT/NAME-input.json says whose results these are: those of another input are
+never replaced. As a function: inference.predict_image().
 """
 import json
 import os

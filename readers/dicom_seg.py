@@ -64,6 +64,7 @@ def describe(number, name, version):
 # Source slices
 
 def decimals(values):
+    """Numbers as DICOM's DS has them, in up to 16 characters."""
     return [format_number_as_ds(float(value)) for value in values]
 
 
