@@ -56,6 +56,7 @@ def parse():
         "boxes and points need it")
     add("--page", type=number(0, kind=int), help="which page of a TIFF, or frame of an animation, from 0")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
+    add("--dicom-seg", action="store_true", help="of a DICOM series, also a DICOM Segmentation; needs highdicom")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
     add("--sam-checkpoint"), add("--clip")
@@ -117,7 +118,7 @@ def file_part(target):
 def files_of(args, name):
     """The files in --out that have the names of an input's results."""
     targets = "|".join(re.escape(part) for part in ("overlay", *map(file_part, args.names)))
-    kinds = rf"label\.nii\.gz|labels\.json|((slice|page)\d+-)?({targets})(-explained)?\.png"
+    kinds = rf"label\.nii\.gz|labels\.json|seg\.dcm|((slice|page)\d+-)?({targets})(-explained)?\.png"
     return [path for path in visible(args.out) if re.fullmatch(f"{re.escape(name)}-({kinds})", path.name)]
 
 
@@ -191,6 +192,11 @@ def read_input(path, args):
         args.slice = 0
     if args.largest_component and (not grid or args.slice is not None):
         raise InputError(f"--largest-component: is for whole volumes, not for an image such as {path}; leave it out")
+    if args.dicom_seg and not (grid and grid.slices and args.slice is None):
+        raise InputError(f"--dicom-seg: is for the whole volume of a DICOM series, not for {path}; leave it out")
+    if args.dicom_seg:
+        from readers.dicom_seg import check_dicom_seg
+        check_dicom_seg(grid, args.names)
     check_prompts(args, pixels.shape[1:] if grid else pixels.shape[:2])
     return pixels, grid, said
 
@@ -256,6 +262,12 @@ def predict_input(args, model, texts, path, read=None):
         label = inference.predict_volume(model, pixels, asked, args.precision)
         label = inference.largest_components(label) if args.largest_component else label
         write_volume(args, name, pixels, label, grid, time.time() - started)
+        if args.dicom_seg:
+            from encoders import fingerprint
+            from readers.dicom_seg import encode_dicom_seg
+            seg = encode_dicom_seg(label, grid, args.names, fingerprint(model.trained()))
+            write_atomically(args.out / f"{name}-seg.dcm", seg)
+            print(f"wrote {args.out / name}-seg.dcm")
         z = int(np.argmax((label > 0).sum((1, 2))))  # the slice to explain
     pixels = inference.gray_image(pixels, z) if grid else pixels
     if z is not None:

@@ -2,7 +2,7 @@
 
     synapse, kits19, kvasir, sa_med2d, demo     the data sets
     pictures                                    what they share: the RawSample, splits, picture files
-    volumes, dicom                              NIfTI, both ways, and DICOM
+    volumes, dicom, dicom_seg                   NIfTI, both ways; DICOM; label maps as DICOM
     prepare, check                              data.py prepare, data.py stats
 
 Files are all that is known here: nothing of texts, prompts or the model. The classes have the same few names, so that
