@@ -86,7 +86,7 @@ def steps(args, backbone, cached=True, naive=False):
     device, B, T = torch.device(args.device), args.batch_size, args.targets
     torch.manual_seed(0)
     weights = None if backbone == "lite_medsam" else "random"  # as fast as SAM's
-    own = lambda attention: attention
+    own = lambda attention: attention  # the packages' stays in place of ours
     with mock.patch.multiple(encoders, ViTAttention=own, WindowAttention=own) if naive else nullcontext():
         model = medsegr.MedSegR(medsegr.Config(backbone, weights, "minilm")).to(device)
     S, index = model.config.image_size, torch.arange(B * T) // T
