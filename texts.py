@@ -213,6 +213,8 @@ class Rephrased:
     """
 
     def __init__(self, texts, how, pairs):
+        if how not in TEXTS:
+            raise InputError(f"--text {how}: choose from {', '.join(TEXTS)}")
         self.texts, self.how, self.known = texts, how, {}
         for name, modality in pairs:
             self.known.setdefault(modality, {})[name] = None
