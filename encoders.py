@@ -61,15 +61,11 @@ def load_weights(module, path):
     except Exception as e:
         raise InputError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
                          "it may be truncated, download it again") from None
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    want = module.state_dict()
-    wrong = [k for k in want.keys() | state.keys()
-             if k not in want or k not in state or want[k].shape != getattr(state[k], "shape", None)]
-    if wrong:
+    try:
+        module.load_state_dict(state.get("model", state) if isinstance(state, dict) else {})
+    except (RuntimeError, TypeError, AttributeError) as e:  # the last: names that are no text
         raise InputError(f"--sam-checkpoint {path}: not a checkpoint of this --backbone "
-                         f"({len(wrong)} of {len(want)} tensors missing, unknown or of another shape, "
-                         f"such as {min(wrong)})")
-    module.load_state_dict(state)
+                         f"({' '.join(str(e).split())[:200]})") from None
 
 
 def build_sam(config):

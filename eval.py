@@ -77,16 +77,16 @@ def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True, l
     if world > 1:
         dist.barrier()  # all have read what is there
     journal.begin()
-    todo = [images for images in cases_of(dataset)[rank::world] if images[0] not in journal.done]
+    todo = [images for images in cases_of(dataset)[rank::world] if images[0] not in journal.cases]
     with tqdm(total=sum(map(len, todo)), desc=f"evaluating, prompt {predictor.prompt}", unit="image",
               disable=not progress or rank > 0, mininterval=1) as bar:
         for images in todo:
             journal.add(images[0], evaluate_case(predictor, dataset, images, bar.update, largest_component))
-    parts = [journal.rows]
+    parts = [journal.cases]
     if world > 1:
         parts = [None] * world if rank == 0 else None
-        dist.gather_object(journal.rows, parts)
-    scores = score_table([row for rows in parts or () for row in rows])
+        dist.gather_object(journal.cases, parts)
+    scores = score_table([row for cases in parts or () for rows in cases.values() for row in rows])
     return scores[scores["volume"]], scores[~scores["volume"]]
 
 

@@ -103,13 +103,10 @@ class Texts:
 
     def __call__(self, target, modality, sample=None, rng=None, number=0):
         """{attribute: text}: each in the wording of this number, or with rng in a random one of those to train with."""
-        if rng is None:
-            return self.choose(target, modality, sample, lambda wordings: wordings[number % len(wordings)])
-
-        def draw(wordings):
+        def pick(wordings):
             trained, _ = split_wordings(wordings)
-            return trained[rng.integers(len(trained))]
-        return self.choose(target, modality, sample, draw)
+            return wordings[number % len(wordings)] if rng is None else trained[rng.integers(len(trained))]
+        return self.choose(target, modality, sample, pick)
 
     def held_out(self, target, modality, k=0, sample=None):
         """{attribute: text}: each in the k-th wording held out; where the list is too short for that, in its second."""
