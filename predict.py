@@ -12,6 +12,7 @@ a picture per target of what its texts did. OUT/volumes.csv has a row for each i
 says whose results these are: those of another input are never replaced. As a function: inference.predict_image().
 """
 import csv
+import glob
 import io
 import json
 import os
@@ -104,8 +105,8 @@ def parse():
     args.inputs = dict(found)
     for name, path in found:
         if args.inputs[name] is not path:
-            raise InputError(f"{path}: results are named after their input, and {args.inputs[name]} is called {name} as "
-                             "well; give them one at a time, each with an --out of its own")
+            raise InputError(f"{path}: results are named after their input, and {args.inputs[name]} is called {name} "
+                             "as well; give them one at a time, each with an --out of its own")
         check_results(args, name, path)
     return args
 
@@ -126,7 +127,10 @@ def find_inputs(given, out):
 def in_folder(folder, out):
     """The inputs in a folder, at any depth: DICOM files are a series, whose folder is given, every other file is one.
     Passed over are hidden files, notes, DICOM without an image, the folder `out`, and links that lead back."""
-    for here, folders, _ in os.walk(folder, followlinks=True):
+    def refuse(error):  # os.walk would pass over a folder that it may not read
+        raise error
+
+    for here, folders, _ in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(here)
         above = [out, here.resolve(), *here.resolve().parents]
         folders[:] = sorted(name for name in folders if name[0] != "." and (here / name).resolve() not in above)
@@ -164,7 +168,8 @@ def files_of(args, name):
     """The files in --out that have the names of an input's results."""
     targets = "|".join(re.escape(part) for part in ("overlay", *map(file_part, args.names)))
     kinds = rf"label\.nii\.gz|labels\.json|((slice|coronal|sagittal|page)\d+-)?({targets})(-explained)?\.png"
-    return [path for path in visible(args.out) if re.fullmatch(f"{re.escape(name)}-({kinds})", path.name)]
+    named = visible(args.out, f"{glob.escape(name)}-*")
+    return [path for path in named if re.fullmatch(f"{re.escape(name)}-({kinds})", path.name)]
 
 
 def source_of(args, path):
@@ -198,7 +203,7 @@ def state_of(args, path):
     asked = args.asked | dict(checkpoint=args.checkpoint, attributes_file=attributes)
     for flag in ("checkpoint", "attributes_file", "texts"):
         asked[flag] = asked[flag] and [os.path.abspath(asked[flag]), stamp(Path(asked[flag]))]
-    return json.loads(json.dumps(dict(input=source_of(args, path), **stamp(path), asked=asked)))
+    return json.loads(json.dumps(dict(input=source_of(args, path), **stamp(path), asked=asked), default=str))
 
 
 def is_finished(args, name, path):
@@ -342,11 +347,10 @@ def write_volume(args, name, volume, label, grid, iou, seconds):
     write_nifti(args.out / f"{name}-label.nii.gz", label, grid)
     targets = dict(enumerate(args.names, 1))
     write_atomically(args.out / f"{name}-labels.json", json.dumps(targets, indent=1).encode())
-    ml, voxels = abs(np.linalg.det(grid.affine[:3, :3])) / 1000, np.bincount(label.ravel(), minlength=len(targets) + 1)
-    rows = [[target, int(n), f"{n * ml:.6g}", f"{expected:.3f}" if n else ""]
-            for target, n, expected in zip(args.names, voxels[1:], iou)]
-    axis = plane_of(args, grid)
-    tqdm.write(", ".join(f"{target}: {n} voxels, {volume} ml" for target, n, volume, _ in rows)
+    axis, voxel = plane_of(args, grid), abs(np.linalg.det(grid.affine[:3, :3])) / 1000  # ml
+    rows = [[target, n := int((label == i).sum()), f"{n * voxel:.6g}", f"{iou[i - 1]:.3f}" if n else ""]
+            for i, target in targets.items()]
+    tqdm.write(", ".join(f"{target}: {n} voxels, {ml} ml" for target, n, ml, _ in rows)
                + f"; {len(volume)} {PLANES[axis]} slices in {seconds:.0f} s; wrote {args.out / name}-label.nii.gz")
     label = slices_of(label, axis)
     filled = np.flatnonzero(label.any((1, 2)))
@@ -367,12 +371,14 @@ def predict_input(args, model, texts, name, path, read):
     asked = ([inference.wordings(texts, args.mean_wordings, target, args.modality, this) for target in args.target]
              if args.target else [[{kind: getattr(args, kind) for kind in ATTRIBUTES}]])
     pixels, grid, said = read
-    tqdm.write("\n".join(said), end="\n" * bool(said))
+    for line in said:
+        tqdm.write(line)
     axis, z, started = plane_of(args, grid) if grid else 0, args.slice, time.time()
     whole_volume = grid and z is None
     if whole_volume:
         found, iou = inference.predict_volume(model, pixels, asked, args.precision)
-        z, label = int(np.argmax((found > 0).sum((1, 2)))), np.empty(grid.shape, np.uint8)  # z: the slice to explain
+        z = int(np.argmax((found > 0).sum((1, 2))))  # the slice to explain
+        label = np.empty(grid.shape, np.uint8)
         slices_of(label, axis)[...] = inference.largest_components(found) if args.largest_component else found
         rows = write_volume(args, name, pixels, label, grid, iou, time.time() - started)
     pixels = inference.gray_image(pixels, z) if grid else pixels
@@ -430,15 +436,16 @@ def main():
             loaded = loaded or load_model(args)
             with claimed(args, name, path):
                 predict_input(args, *loaded, name, path, read)
-        except InputError as e:
-            if len(args.inputs) == 1 or read and not loaded:  # which no other input would change
+        except (InputError, MemoryError) as e:
+            if len(args.inputs) == 1 or read and not loaded:  # what is wrong is no fault of this one among others
                 raise
             failed += 1
-            message = " ".join(str(e).split())
-            tqdm.write(f"predict.py: {message if str(path) in message else f'{path}: {message}'}", sys.stderr)
+            remedy = "; give a part of it, or use a larger machine" if isinstance(e, MemoryError) else ""
+            what = " ".join(str(e).split()) + remedy
+            tqdm.write("predict.py: " + (what if str(path) in what else f"{path}: {what}"), sys.stderr)
     if len(args.inputs) > 1 or before:
-        print(f"{len(args.inputs) - failed} of {len(args.inputs)} inputs have their results in {args.out}; {before} of "
-              "them had them before")
+        done = len(args.inputs) - failed
+        print(f"{done} of {len(args.inputs)} inputs have results in {args.out}; {before} had them before")
     if failed:
         sys.exit(1 if failed < len(args.inputs) else 2)
 

@@ -348,7 +348,7 @@ def test_a_folder_of_all_kinds_some_broken_and_killed_amid(model, folder, tmp_pa
         ask()
     said = capsys.readouterr()
     assert e.value.code == 1 and set(done) == sound - before and finished(out) == sound
-    assert "18 of 20 inputs" in said.out and f"{len(before)} of them" in said.out
+    assert f"18 of 20 inputs have results in {out}; {len(before)} had them before" in said.out
     lines = said.err.splitlines()
     assert len(lines) == 2 and all(line.startswith("predict.py: ") and "copy it again" in line for line in lines)
     assert sum(str(names[name]) in line for name in ("sub_cut", "z") for line in lines) == 2
@@ -401,6 +401,10 @@ def test_what_is_asked_otherwise_is_done_anew(threshold, tmp_path, capsys):
     assert "s: has changed" in ask("--attributes-file", texts)[1]
 
 
+def denied(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
 def test_lists_and_what_is_missing(threshold, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     gray(tmp_path / "in/a.png"), gray(tmp_path / "in/b/a.png"), gray(tmp_path / "c.png")
@@ -412,6 +416,9 @@ def test_lists_and_what_is_missing(threshold, tmp_path, monkeypatch, capsys):
     fails(lambda: threshold("none.png", "--out", "o"), "none.png")
     fails(lambda: threshold("in", "in/b", "--out", "p"), "in/a.png", "in/b/a.png is called a")
     fails(lambda: threshold("in", "--out", "in"), "--out", "INPUT")
+    with monkeypatch.context() as patch, pytest.raises(PermissionError, match="in/b"):  # common.run makes a line of it
+        patch.setattr(os, "scandir", lambda path, f=os.scandir: denied(path) if str(path) == "in/b" else f(path))
+        threshold("in", "--out", "p")
     fails(lambda: threshold("in", "--box", 1, 1, 2, 2, "--out", "p"), "--box", "single INPUT")
     assert not threshold("in", "--plane", "coronal", "--largest-component", "--out", "q")  # for its volumes, if any
     assert not threshold("in", "--out", "in/b/results") and not threshold("in", "--out", "in/b/results")
