@@ -114,11 +114,11 @@ def parse():
 # ---------------------------------------------------------------------------------------------------------------------
 # Which inputs there are, and the names of their results
 
-def find_inputs(given, out):
+def find_inputs(given, out, lists=True):
     """An INPUT -> [(name, path)]: of itself, or of what @LIST lists, or of what is in a folder."""
-    if str(given).startswith("@") and not given.exists():
+    if lists and str(given).startswith("@") and not given.exists():
         lines = filter(None, map(str.strip, read_text(str(given)[1:]).splitlines()))
-        return [one for line in lines for one in find_inputs(Path(line), out)]
+        return [one for line in lines for one in find_inputs(Path(line), out, lists=False)]
     if given.is_dir() and given.resolve() == out:
         raise InputError(f"--out {out}: is the INPUT as well, and what lies there would be taken for one; give another")
     return [(name_of(path, given), path) for path in given.is_dir() and [*in_folder(given, out)] or [given]]
@@ -135,12 +135,13 @@ def in_folder(folder, out):
         above = [out, here.resolve(), *here.resolve().parents]
         folders[:] = sorted(name for name in folders if name[0] != "." and (here / name).resolve() not in above)
         files = [path for path in visible(here) if path.is_file() or not path.exists()]  # or a link to nothing
-        dicom = [path for path in files if os.access(path, os.R_OK) and is_dicom(path)]
-        series = any(map(holds_image, dicom))
-        yield from [here] * series
-        for path in sorted({*files} - {*dicom}):  # what is odd beside slices, their reader names
-            if path.suffix.lower() not in NOTES and (not series or picture_format(path) or is_nifti(path)):
-                yield path
+        readable = {path for path in files if os.access(path, os.R_OK)}  # the others are named when they are read
+        dicom = set(filter(is_dicom, readable))
+        others = [path for path in files if path not in dicom and path.suffix.lower() not in NOTES]
+        if any(map(holds_image, dicom)):
+            yield here  # whose reader names what is odd beside slices
+            others = [path for path in others if path in readable and (picture_format(path) or is_nifti(path))]
+        yield from others
 
 
 def holds_image(path):
