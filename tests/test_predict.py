@@ -401,8 +401,8 @@ def test_what_is_asked_otherwise_is_done_anew(threshold, tmp_path, capsys):
     assert "s: has changed" in ask("--attributes-file", texts)[1]
 
 
-def denied(path):
-    raise PermissionError(13, "Permission denied", str(path))
+def raising(error):
+    raise error
 
 
 def test_lists_and_what_is_missing(threshold, tmp_path, monkeypatch, capsys):
@@ -417,9 +417,16 @@ def test_lists_and_what_is_missing(threshold, tmp_path, monkeypatch, capsys):
     fails(lambda: threshold("in", "in/b", "--out", "p"), "in/a.png", "in/b/a.png is called a")
     fails(lambda: threshold("in", "--out", "in"), "--out", "INPUT")
     with monkeypatch.context() as patch, pytest.raises(PermissionError, match="in/b"):  # common.run makes a line of it
-        patch.setattr(os, "scandir", lambda path, f=os.scandir: denied(path) if str(path) == "in/b" else f(path))
+        patch.setattr(os, "scandir", lambda path, f=os.scandir:
+                      raising(PermissionError(13, "Permission denied", str(path))) if str(path) == "in/b" else f(path))
         threshold("in", "--out", "p")
     fails(lambda: threshold("in", "--box", 1, 1, 2, 2, "--out", "p"), "--box", "single INPUT")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "read_image", lambda path, *a, f=predict.read_image:
+                      raising(MemoryError("Unable to allocate 9 TiB")) if path.name == "c.png" else f(path, *a))
+        assert threshold("in", "c.png", "--out", "p") == 1 and finished(tmp_path / "p") == {"a", "b_a"}
+    assert "c.png: Unable to allocate 9 TiB; give a part" in capsys.readouterr().err
     assert not threshold("in", "--plane", "coronal", "--largest-component", "--out", "q")  # for its volumes, if any
     assert not threshold("in", "--out", "in/b/results") and not threshold("in", "--out", "in/b/results")
 
