@@ -3,7 +3,8 @@ import numpy as np
 import torch
 
 from data import box_prompt, open_dataset, to_original
-from inference import Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image, wordings
+from inference import (Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
+                       predict_volume, wordings)
 from readers.synapse import ORGANS
 from texts import Texts
 
@@ -78,6 +79,28 @@ def test_answers_are_those_of_the_evaluation(model):
         again = predict_image(model, sample.image, [texts(n, "ct") for n in names], boxes,
                               features=answer.features)
         assert np.array_equal(again.probability, answer.probability)
+
+
+def test_slices_in_batches(model, monkeypatch):
+    """Batches give what single slices give; the expected IoU is the mean over slices, weighted by what was found."""
+    def decode(self, *args, f=type(model[0]).decode, **options):
+        logits, *rest = f(self, *args, **options)
+        return logits - logits.flatten(1).median(1).values[:, None, None], *rest  # so that there is something to find
+
+    monkeypatch.setattr(type(model[0]), "decode", decode)
+    model, volume = model[0], np.random.default_rng(0).integers(0, 255, (5, 40, 56), dtype=np.uint8)
+    other = dict(position="below", texture="dark", shape="long")
+    texts = [[TEXT, other], [other]]
+    label, iou = predict_volume(model, volume, texts, progress=False)
+    for batch in (2, 5):
+        again, also = predict_volume(model, volume, texts, batch=batch, progress=False)
+        assert (again != label).mean() < 1e-3 and np.allclose(also, iou, atol=1e-3, equal_nan=True)
+    each = [predict_image(model, np.repeat(image[..., None], 3, 2), texts) for image in volume]
+    for t in (0, 1):
+        voxels = (label == t + 1).sum((1, 2))
+        mean = np.average([answer.iou[t] for answer in each], weights=voxels) if voxels.any() else np.nan
+        assert np.isclose(iou[t], mean, atol=1e-3, equal_nan=True)
+    assert {0, 1, 2} == set(np.unique(label))
 
 
 def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
