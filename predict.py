@@ -28,7 +28,7 @@ from data import VARIATION
 from readers.dicom import is_dicom, read_dicom
 from readers.pictures import SUFFIXES, read_image
 from readers.volumes import is_nifti, read_nifti, write_nifti
-from texts import Texts
+from texts import Texts, own_texts
 
 
 def parse():
@@ -283,7 +283,8 @@ def main():
     checkpoint = args.checkpoint or default_checkpoint(args.modality)
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file, args.texts)
+    own = own_texts(record) if args.dataset in (None, "folder") else None
+    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file or own, args.texts)
     if args.target:
         texts.check_images(map(name_of, args.inputs), args.target)
     make_folder(args.out)
