@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Parser, number, positive_int, run, seeded
+from common import ATTRIBUTES, InputError, Parser, number, positive_int, run, seeded
 from readers.demo import Demo
 from readers.folder import Folder
 from readers.kits19 import KiTS19
@@ -554,8 +554,8 @@ def open_texts(args):
     if args.dataset == "folder" and not args.attributes_file:
         path = Path(args.data or "data/folder") / "attributes.json"
         if not path.is_file():
-            raise InputError(f"{path}: missing; python data.py stats --dataset folder --data {path.parent} writes a form "
-                             "for the texts of its classes")
+            raise InputError(f"{path}: missing; python data.py stats --dataset folder --data {path.parent} writes a "
+                             "form for the texts of its classes")
         args.attributes_file = str(path)
     return Texts(args.dataset, args.attributes_file, args.texts)
 
@@ -566,9 +566,10 @@ def open_or_draft_texts(args, source):
     path = Path(args.data or "data/folder") / "attributes.json"
     if args.dataset == "folder" and not args.attributes_file and not path.exists():
         plain = {target: target.replace("_", " ").lower() for target in source.classes}
-        drafts = {target: (Texts(other.name), plain[target]) for target, modality in source.pairs
+        drafts = {target: {kind: Texts(other.name).wordings(plain[target], modality, kind) for kind in ATTRIBUTES}
+                  for target, modality in source.pairs
                   for other in (Kvasir, KiTS19, Synapse) if (plain[target], modality) in other.pairs}
-        write_form(path, args.dataset, source.pairs, drafts)
+        write_form(path, args.dataset, source.classes, drafts)
     return open_texts(args)
 
 

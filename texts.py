@@ -150,8 +150,8 @@ class Texts:
 
 
 def read_entries(name, path):
-    """{data set: its entry} of a file. Those of --dataset folder stand in a file of their own, and attributes.json's are
-    known besides: it may name one of them, and training tells its structures from theirs."""
+    """{data set: its entry} of a file. Those of --dataset folder stand in a file of their own, and attributes.json's
+    are known besides: it may name one of them, and training tells its structures from theirs."""
     others = read_json(HERE / "attributes.json") if name == "folder" else {}
     return others | read_json(path)
 
@@ -161,12 +161,10 @@ def own_texts(record):
     return record.get("arguments", {}).get("attributes_file") if record.get("dataset") == "folder" else None
 
 
-def write_form(path, name, pairs, drafts):
-    """Writes the file of texts of a data set, to fill in, for each (class, modality) of `pairs`; never over another.
-    drafts: {class: the Texts of a data set that has it, and its name there}, whose wordings are taken for a start."""
-    blank = {kind: [""] for kind in ATTRIBUTES}
-    form = {target: blank if target not in drafts else {kind: drafts[target][0].wordings(drafts[target][1], modality, kind)
-                                                        for kind in ATTRIBUTES} for target, modality in pairs}
+def write_form(path, name, classes, drafts):
+    """Writes a file of texts to fill in for the classes of a data set. drafts: {class: {attribute: wordings}}, for a
+    start."""
+    form = {target: drafts.get(target, {kind: [""] for kind in ATTRIBUTES}) for target in classes}
     write_atomically(path, json.dumps({name: form}, indent=1, ensure_ascii=False).encode())
     print(f"{path}: a form for the texts of {len(form)} classes; fill in or correct it"
           + (f" ({listed(drafts)}: drafted from attributes.json)" if drafts else ""))

@@ -85,8 +85,8 @@ def count(records, name, seen):
 def stats(args, open_split, open_texts):
     """`data.py stats`: prints the tables and what is wrong -> 0, or 1 if anything is.
 
-    open_split("train") -> the Dataset of a split, open_texts(its source) -> its Texts; InputError for what is wrong with
-    them.
+    open_split("train") -> the Dataset of a split, open_texts(its source) -> its Texts; InputError for what is wrong
+    with them.
     """
     for path in (args.json, args.sheet):
         if path:

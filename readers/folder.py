@@ -30,8 +30,9 @@ class Folder:
     one of pictures.MODALITIES, and "channel": which of several to read. Volumes are decoded once, into root/prepared,
     whose files are mapped into memory.
 
-    A class may be a region, a list of ids. Where regions overlap, no label map can hold them, and the slices of a volume
-    are independent images. Of an image with the label "ignore" nothing is known: it has neither targets nor absent ones.
+    A class may be a region, a list of ids. Where regions overlap, no label map can hold them, and the slices of a
+    volume are independent images. Of an image with the label "ignore" nothing is known: it has neither targets nor
+    absent ones.
 
     fold: of splits_final.json. With test images its two parts are for training and validation; without, its validation
     cases are for testing, since a checkpoint is chosen by validation, and that has a twelfth of the others. Without
@@ -41,23 +42,27 @@ class Folder:
 
     def __init__(self, root, split, fold=0):
         self.root, self.opened, self.problems = Path(root), None, []
-        self.about, where = read_json(self.root / "dataset.json"), self.root / "dataset.json"
+        where = self.root / "dataset.json"
+        if not where.is_file():
+            raise InputError(f"{where}: missing; write one as nnU-Net has it, see docs/own-data.md, or correct --data")
+        self.about = read_json(where)
         self.ids, self.ignore = read_classes(self.about.get("labels"), where)
         self.classes = tuple(self.ids)
-        self.ending = str(self.about.get("file_ending", ".nii.gz")).lower()
-        if self.ending not in (".nii", ".nii.gz", *SUFFIXES):
-            raise InputError(f'{where}: file_ending "{self.ending}": read are .nii.gz, .nii and pictures, such as .png; '
-                             "convert the files")
-        volumetric = self.ending.startswith(".nii")
-        self.volumes = volumetric and sum(map(len, self.ids.values())) == len(set().union(*self.ids.values()))
-        self.channel, self.modality, self.window = read_channel(self.about, volumetric, where)
+        self.ending = str(self.about.get("file_ending", ".nii.gz"))
+        if self.ending.lower() not in (".nii", ".nii.gz", *SUFFIXES):
+            raise InputError(f'{where}: file_ending "{self.ending}": read are .nii.gz, .nii and pictures, such as '
+                             ".png; convert the files")
+        self.nifti = self.ending.lower().startswith(".nii")
+        apart = sum(map(len, self.ids.values())) == len(set().union(*self.ids.values()))
+        self.volumes = self.nifti and apart
+        self.channel, self.modality, self.window = read_channel(self.about, self.nifti, where)
         self.pairs = tuple((target, self.modality) for target in self.classes)
         chosen = self.split(split, fold)
         if not chosen:
             raise InputError(f"{root}: its cases leave none for {split}; add some")
         kind = "Ts" if split == "test" and self.tested else "Tr"
         self.paths = {case: self.paths_of(case, kind) for case in chosen}
-        self.items = [(case, z) for case in chosen for z in range(self.depth(case) if volumetric else 1)]
+        self.items = [(case, z) for case in chosen for z in range(self.depth(case) if self.nifti else 1)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Which cases there are
@@ -69,8 +74,8 @@ class Folder:
         if path.is_file():
             parts = read_fold(path, fold, cases)
             if unused := sorted(set(cases).difference(*parts.values())):
-                self.problems.append(f"{path}: names {unused[0]}, one of {len(unused)}, in neither part of fold {fold}: "
-                                     "is not used; add it to one of them")
+                self.problems.append(f"{path}: {unused[0]}, one of {len(unused)} in neither part of fold {fold}, is "
+                                     "not used; add it to one of them")
             if not self.tested:
                 parts = hold_out(parts["train"]) | dict(test=parts["val"])
         elif self.tested:
@@ -80,8 +85,8 @@ class Folder:
         if self.tested:
             parts["test"] = self.tested
         if both := sorted(set(parts["train"]) & set(parts["test"])):
-            raise InputError(f"{self.root / 'imagesTs'}: holds {both[0]}, which is trained on as well; take it away, or "
-                             "rename it if it is another patient")
+            raise InputError(f"{self.root / 'imagesTs'}: holds {both[0]}, which is trained on as well; take it away, "
+                             "or rename it if it is another patient")
         return sorted(parts[split])
 
     def cases(self, kind):
@@ -96,7 +101,8 @@ class Folder:
                                  f'"channel": 0 or {int(match[2])} in {self.root / "dataset.json"}')
             else:
                 cases.add(match[1])
-        labels = {path.name.removesuffix(self.ending) for path in visible(self.root / f"labels{kind}", "*" + self.ending)}
+        labels = visible(self.root / f"labels{kind}", "*" + self.ending)
+        labels = {path.name.removesuffix(self.ending) for path in labels}
         for case in sorted(labels - cases):
             self.problems.append(f"{self.paths_of(case, kind)[1]}: has no image {case}_{self.channel:04d}{self.ending} "
                                  f"in {folder}: is not used; restore it, or take the label away")
@@ -136,7 +142,7 @@ class Folder:
 
     def key(self, i):
         case, z = self.items[i]
-        return f"{case}_slice{z:03d}" if self.ending.startswith(".nii") else case
+        return f"{case}_slice{z:03d}" if self.nifti else case
 
     def spacing(self, case):
         """(z, y, x) in mm."""
@@ -144,11 +150,11 @@ class Folder:
         return read_grid(self.paths[case][0]).spacing
 
     def file(self, i):
-        return self.paths[self.case(i)][2 if self.ending.startswith(".nii") else 0]
+        return self.paths[self.case(i)][2 if self.nifti else 0]
 
     def read(self, i):
         case, z = self.items[i]
-        if self.ending.startswith(".nii"):
+        if self.nifti:
             image, label = (np.array(volume[z]) for volume in self.open_volume(case))
         else:
             image, label = self.read_pictures(*self.paths[case][:2])
@@ -161,13 +167,13 @@ class Folder:
     def read_pictures(self, image, label):
         pixels, ids = read_image(image), read_ids(label)
         if ids.shape != pixels.shape[:2]:
-            raise InputError(f"{label}: {list(ids.shape)}, but its image is {list(pixels.shape[:2])}; store both on one "
-                             "grid")
+            raise InputError(f"{label}: {list(ids.shape)}, but its image is {list(pixels.shape[:2])}; store both on "
+                             "one grid")
         return pixels, self.checked(ids, label)
 
     def open_volume(self, case):
-        """uint8 [2,D,H,W], image and ids, mapped into memory. What is wrong with a volume is said of each of its slices,
-        and found out once."""
+        """uint8 [2,D,H,W], image and ids, mapped into memory. What is wrong with a volume is said of each of its
+        slices, and found out once."""
         if not self.opened or self.opened[0] != case:
             try:
                 self.opened = case, self.prepared(case)
@@ -227,8 +233,8 @@ def read_classes(labels, path):
     ids = {name: value if isinstance(value, list) else [value]
            for name, value in (labels.items() if isinstance(labels, dict) else ())}
     if any(type(i) is not int or not 0 <= i < 256 for each in ids.values() for i in each):
-        raise InputError(f'{path}: "labels" should be like {{"background": 0, "liver": 1}}, with whole numbers from 0 to '
-                         "255; correct it")
+        raise InputError(f'{path}: "labels" should be like {{"background": 0, "liver": 1}}, with whole numbers from 0 '
+                         "to 255; correct it")
     ignore = next(iter(ids.pop("ignore", ())), None)
     ids = {name: set(each) for name, each in ids.items() if set(each) != {0}}
     if not ids or any(not each or each & {0, ignore} for each in ids.values()):
@@ -237,7 +243,7 @@ def read_classes(labels, path):
     return ids, ignore
 
 
-def read_channel(about, volumetric, path):
+def read_channel(about, nifti, path):
     """-> (number of the channel, its modality, the window of its values or None), of what dataset.json says."""
     channel, modality, window = (about.get(key) for key in ("channel", "modality", "window"))
     if "channel" in about and (type(channel) is not int or not 0 <= channel < 10000):
@@ -249,7 +255,7 @@ def read_channel(about, volumetric, path):
     elif modality not in MODALITIES:
         raise InputError(f'{path}: "modality": "{modality}": choose from {", ".join(MODALITIES)}')
     if window is not None:
-        if not volumetric:
+        if not nifti:
             raise InputError(f'{path}: "window" is for volumes; pictures are shown as they are: leave it out')
         good = isinstance(window, list) and len(window) == 2 and all(type(x) in (int, float) for x in window)
         if not good or not window[0] < window[1]:
@@ -299,5 +305,6 @@ def read_ids(path):
     with np.errstate(invalid="ignore"):
         whole_numbers = ids.ndim == 2 and (ids == ids.astype(np.uint8)).all()
     if not whole_numbers:
-        raise InputError(f"{path}: should hold the numbers of labels, 0 to 255, one a pixel; store it as PNG, 8 bits gray")
+        raise InputError(f"{path}: should hold the numbers of labels, 0 to 255, one a pixel; store it as PNG, 8 bits "
+                         "gray")
     return ids.astype(np.uint8)
