@@ -115,7 +115,7 @@ class Folder:
         """-> the paths of its image, of its label, and of the prepared volume, whose name changes whenever those do."""
         image = self.root / f"images{kind}" / f"{case}_{self.channel:04d}{self.ending}"
         label = self.root / f"labels{kind}" / f"{case}{self.ending}"
-        made_of = [VERSION, self.modality, self.window]
+        made_of = [VERSION, image.name, self.modality, self.window, self.ids, self.ignore]
         made_of += [(path.stat().st_size, path.stat().st_mtime_ns) for path in (image, label) if path.is_file()]
         digest = hashlib.blake2b(repr(made_of).encode(), digest_size=8).hexdigest()
         return image, label, self.root / "prepared" / image.parent.name / f"{case}-{digest}.npy"
@@ -206,12 +206,12 @@ class Folder:
                                 f'"window": [LOW, HIGH] in {self.root / "dataset.json"}')
         else:
             values = read_nifti(image, self.window, self.modality)[0]
-        ids = read_label(grids[1], np.arange(256, dtype=np.uint8), "store whole numbers")
+        ids = self.checked(read_label(grids[1], np.arange(256, dtype=np.uint8), "store whole numbers"), label)
         make_folder(path.parent)
         for old in path.parent.glob(f"{glob.escape(path.stem[:-17])}-{'[0-9a-f]' * 16}.npy"):
             old.unlink(missing_ok=True)
         with whole(path) as file:
-            np.save(file, np.stack([values, self.checked(ids, label)]))
+            np.save(file, np.stack([values, ids]))
 
     def checked(self, ids, path):
         """The ids as they are; InputError for one that dataset.json does not name."""

@@ -120,6 +120,9 @@ def test_a_volume_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatc
     assert np.array_equal(wide.source.read(0).image, np.rint((np.clip(image[0], -1000, 400) + 1000.0) / 1400 * 255))
     prepared = list((tmp_path / "prepared/imagesTr").iterdir())
     assert len(prepared) == 1  # what is out of date is gone
+    describe(tmp_path, dict(LABELS, tumor=4), window=[-1000, 400])  # what was prepared is checked against new labels
+    fails(lambda: open_dataset("folder", tmp_path, "train", 32)[0], f"{case}.nii.gz", "label 3")
+    describe(tmp_path, window=[-1000, 400])
     prepared[0].write_bytes(prepared[0].read_bytes()[:-9])
     fails(lambda: open_dataset("folder", tmp_path, "train", 32)[0], prepared[0], "delete it")
 
