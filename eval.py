@@ -17,14 +17,14 @@ from tqdm import tqdm
 import plots
 from common import (InputError, Parser, add_model_flags, add_runtime_flags, make_folder, model_options, number, run,
                     start_processes, write_atomically)
-from data import PROMPTS, SPLITS, add_data_flags, dataset_options, open_dataset
+from data import PROMPTS, SPLITS, add_data_flags, dataset_options, open_dataset, open_texts
 from encoders import FeatureCache, fingerprint
 from inference import Predictor, answers, by_class, label_maps, largest_components, original_image, predict
 from medsegr import Config, MedSegR
 from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
                      summarise, with_none)
 from runs import load_checkpoint, newest_checkpoint
-from texts import TEXTS, Rephrased, Texts
+from texts import TEXTS, Rephrased
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of a data set
@@ -180,8 +180,8 @@ def main():
     if args.tables:
         from paper.ablations import run_tables
         args.cache = args.cache or "none"
-        both = flags_of(args, "dataset", "data", "axes", "overlap", "contrast", "size", "attributes_file", "texts",
-                        "precision", "cache", "cache_gb", "prompt", "points")
+        both = flags_of(args, "dataset", "data", "axes", "fold", "overlap", "contrast", "size", "attributes_file",
+                        "texts", "precision", "cache", "cache_gb", "prompt", "points")
         return run_tables(args.tables, args.seeds, args.out, both, flags_of(
             args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
     rank, world, device = start_processes()
@@ -189,7 +189,7 @@ def main():
     args.dataset = args.dataset or record.get("dataset") or "demo"
     dataset = open_dataset(args.dataset, args.data, args.split, model.config.image_size, limit=args.limit,
                            **dataset_options(args))
-    texts = Texts(args.dataset, args.attributes_file, args.texts)
+    texts = open_texts(args)
     texts.check(dataset.source.pairs)
     if (unused := texts.unused([dataset.source])) and rank == 0:
         print(unused)

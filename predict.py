@@ -35,7 +35,7 @@ from data import VARIATION
 from readers.dicom import NOTES, is_dicom, is_image, load, read_dicom
 from readers.pictures import SUFFIXES, picture_format, read_image
 from readers.volumes import is_nifti, read_nifti, write_nifti
-from texts import HERE, Texts
+from texts import HERE, Texts, own_texts
 
 PLANES = ("axial", "coronal", "sagittal")  # across the axes z, y and x
 TABLE = ["input", "target", "voxels", "ml", "expected_iou"]  # the head of OUT/volumes.csv
@@ -427,7 +427,8 @@ def load_model(args):
     choose_checkpoint(args)
     model, record = load_checkpoint(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file, args.texts)
+    own = own_texts(record) if args.dataset in (None, "folder") else None
+    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file or own, args.texts)
     if args.target:
         texts.check_images(args.inputs, args.target)
         texts.check([(target, args.modality) for target in args.target])

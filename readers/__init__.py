@@ -1,6 +1,7 @@
 """The data sets, as their owners publish them: a file each, whose class lists the images and reads one at a time.
 
     synapse, kits19, kvasir, sa_med2d, demo     the data sets
+    folder                                      one's own
     pictures                                    what they share: the RawSample, splits, picture files
     volumes, dicom, dicom_seg                   NIfTI, both ways; DICOM; label maps as DICOM
     prepare, check                              data.py prepare, data.py stats

@@ -57,7 +57,7 @@ def read_pair(image, label):
     return image, label
 
 
-def read_image(grid, window, dtype):
+def read_image(grid, window, dtype, remedy="take the challenge's file, not a rescaled one"):
     """-> [D,H,W]: HU clipped to `window` and scaled to [0, 1] for np.float32, to whole numbers 0..255 for np.uint8."""
     image, sample = np.empty(grid.shape, dtype), []
     for part, slab in slabs(grid, image):
@@ -68,11 +68,11 @@ def read_image(grid, window, dtype):
     sample = np.concatenate(sample)
     if not are_hu(sample):
         raise InputError(f"{grid.path}: its values run from {sample.min():g} to {sample.max():g}, but they are not HU "
-                         "(air -1000, fat -100, soft tissue 0 to 100); take the challenge's file, not a rescaled one")
+                         f"(air -1000, fat -100, soft tissue 0 to 100); {remedy}")
     return image
 
 
-def read_label(grid, table):
+def read_label(grid, table, remedy="take the challenge's own file"):
     """-> uint8 [D,H,W]: table[id] for every voxel; `table` uint8 [ids]. Ids that a tool has stored with a scale factor,
     5.98 for 6, are rounded; ids that were interpolated lie anywhere between whole numbers, and are an InputError."""
     label = np.empty(grid.shape, np.uint8)
@@ -80,8 +80,7 @@ def read_label(grid, table):
         ids = np.clip(np.rint(slab), 0, len(table) - 1)
         wrong = ~(np.abs(slab - ids) < 0.05)  # finds NaN as well
         if wrong.any():
-            raise InputError(f"{grid.path}: label {slab[wrong][0]} is not one of the challenge's ids, "
-                             f"0..{len(table) - 1}; take its own file")
+            raise InputError(f"{grid.path}: label {slab[wrong][0]} is not one of the ids 0..{len(table) - 1}; {remedy}")
         part[...] = table[ids.astype(np.uint8)]
     return label
 
