@@ -292,10 +292,10 @@ def scored(found, kind):
 
 def area_under_roc(yes, no, weights=None):
     """Scores [P] of what is there, [Q] of what is not -> the chance that one of the first is the higher; half of it
-    where they are equal. weights: of both, [R,P] and [R,Q] -> [R]."""
+    where they are equal. weights: of both, [R,P] and [R,Q] -> [R]. NaN where one kind is lacking."""
     above = (yes[:, None] > no) + 0.5 * (yes[:, None] == no)
     if weights is None:
-        return above.mean()
+        return above.mean() if above.size else np.nan
     a, b = weights
     with np.errstate(invalid="ignore"):
         return ((a @ above) * b).sum(1) / (a.sum(1) * b.sum(1))
@@ -303,7 +303,7 @@ def area_under_roc(yes, no, weights=None):
 
 def threshold(absent, share=ABSENT):
     """The smallest score above which at most this share of the absent structures lies."""
-    return max(0.0, float(np.quantile(absent, 1 - share, method="higher"))) if len(absent) else 0.0
+    return float(np.sort(absent)[::-1][int(share * len(absent) + 1e-9)]) if len(absent) else 0.0
 
 
 def dice_above(found, least):
@@ -399,25 +399,25 @@ def position_table(found):
 def roc_table(found):
     """How often something is found that is not there, and the threshold on the predicted IoU."""
     kinds = {kind: scored(found, kind) for kind in ("present", "absent", "nonsense")}
-    present, lines = kinds["present"], []
+    present, lines, percent = kinds["present"], [], lambda a, b: f"{a / b:.1%}" if b else "-"
     for kind in ("absent", "nonsense"):
         no = kinds[kind]
         draws = area_under_roc(present.score, no.score, (found.weights[:500, present.at], found.weights[:500, no.at]))
-        low, high = quantiles(draws[:, None])[:, 0]
+        low, high = (show(x, ".3f") for x in quantiles(draws[:, None])[:, 0])
         lines.append([f"present against {kind}", f"{len(present.score)}, {len(no.score)}",
-                      f"{(no.score > 0).mean():.1%}", f"{area_under_roc(present.score, no.score):.3f}",
-                      f"{show(low, '.3f')} - {show(high, '.3f')}"])
+                      percent((no.score > 0).sum(), len(no.score)),
+                      show(area_under_roc(present.score, no.score), ".3f"), f"{low} - {high}"])
     text = ("**Table D.** Something found that is not there (any pixel); the predicted IoU as the score.\n\n"
             + markdown(["", "answers", "found all the same", "area under the ROC curve", "95 % interval"], lines))
     least = threshold(kinds["absent"].score)
-    cells = lambda t: [f"{(kinds[kind].score > t).mean():.1%}" for kind in kinds]
+    cells = lambda t: [percent((each.score > t).sum(), len(each.score)) for each in kinds.values()]
     lines = [[name, f"{t:.3f}", *cells(t), f"{dice_above(found, t):.3f}"]
              for name, t in (("none", 0.0), *((f"{share:.0%} of the absent", threshold(kinds["absent"].score, share))
                                               for share in (0.2, 0.1, ABSENT, 0.01)))]
     apart = [out_of_sample(found, kinds, case) for case in dict.fromkeys(found.cases)]
     if len(apart) > 1:
         sums = np.sum(apart, 0)
-        lines.append([f"{ABSENT:.0%}, chosen on the other cases", "-", *(f"{a / b:.1%}" for a, b in sums), "-"])
+        lines.append([f"{ABSENT:.0%}, chosen on the other cases", "-", *(percent(*pair) for pair in sums), "-"])
     text += ("\n**Table E.** Answers are dropped unless their predicted IoU lies above a threshold; what is still "
              "answered, and the mean Dice over all slices, in which what is found in vain counts.\n\n"
              + markdown(["threshold for", "predicted IoU", *kinds, "Dice"], lines))
