@@ -161,12 +161,12 @@ def measure(model, features, sample, asked, classes):
     the predicted IoU; of a class in its own words also the share of A_pos's gain in each class's box, null where there
     is none. The first row holds the truth itself and the boxes' shares of the image."""
     S = model.config.image_size
-    truth, box = np.zeros((len(classes), S, S), bool), np.zeros((len(classes), S, S), bool)
+    truth, box = np.zeros((2, len(classes), S, S), bool)
     for name, mask in zip(sample.targets, sample.masks):
-        k = classes.index(name)
-        truth[k] |= mask
-        x0, y0, x1, y1 = map(int, box_prompt(truth[k]))
-        box[k, y0:y1 + 1, x0:x1 + 1] = True
+        if mask.any():  # it may be too small for the model's grid
+            k = classes.index(name)
+            truth[k], (x0, y0, x1, y1) = mask, box_prompt(mask).astype(int)
+            box[k, y0:y1 + 1, x0:x1 + 1] = True
     masks, iou, A_pos = answer_all(model, features, asked)
     about, held = dict(image=sample.key, case=sample.case), box.any((1, 2))
 
@@ -226,8 +226,9 @@ class Found:
         return both * (self.truth > 0), sizes
 
     def compare(self, changed):
-        """counts() -> Dice of it less that of its own words in the same slices: [K + 1] values (the last: of the
-        mean), low and high ends of their 95 % intervals, and whether these, of FEW slices or more, leave 0 out."""
+        """counts() -> Dice of it less that of its own words in the same slices: [K + 1] values (the last is the
+        classes' mean), low and high ends of their 95 % intervals, and whether these leave 0 out (never of less than
+        FEW slices)."""
         asked = changed[1] > 0
         own = [part * asked for part in self.counts("own")]
         difference = lambda weights: with_mean(dice(changed, weights) - dice(own, weights))
@@ -509,9 +510,10 @@ def heads_table(model, own):
     """How far the operators of each structure's own texts, {name: texts}, are from those that change nothing."""
     with torch.no_grad():
         p = model.encode_attributes(list(own.values()))
-    distance = lambda x, identity: None if x is None else (x.float() - identity).abs().flatten(1)
-    place, filter7 = distance(p.A_pos, 1), distance(p.texture, delta(7, p.T_attr))
-    filter3, offset = distance(p.shape_kernel, delta(3, p.T_attr)), distance(p.shape_offset, 0)
+    identity = lambda k: delta(k, torch.empty(0))
+    distance = lambda x, to: None if x is None else (x.float().cpu() - to).abs().flatten(1)
+    place, filter7 = distance(p.A_pos, 1), distance(p.texture, identity(7))
+    filter3, offset = distance(p.shape_kernel, identity(3)), distance(p.shape_offset, 0)
     cells = {"A_pos, mean": place, "A_pos, most": place, "texture filter, sum": filter7, "shape filter, sum": filter3,
              "shape offsets, most": offset}
     how = dict(mean=torch.mean, most=torch.amax, sum=torch.sum)
@@ -529,6 +531,10 @@ def measure_texts(args):
     dataset = open_dataset(name, args.data, args.split, model.config.image_size, **dataset_options(args))
     if len(dataset.classes) < 2:
         raise InputError(f"--dataset {name}: has one class, whose texts cannot be swapped; choose synapse")
+    if model.clip is None:
+        raise InputError(f"--checkpoint {args.checkpoint}: reads no texts; choose a model that does")
+    if args.texts:
+        raise InputError(f"--texts {args.texts}: the texts of the classes are what is measured; leave it out")
     wordings = Wordings(name, args.attributes_file)
     make_folder(Path(args.json).parent)
     settings = dict(weights=fingerprint(model.trained()), dataset=name, data=str(args.data), split=args.split,
