@@ -501,7 +501,7 @@ def measure_slices(model, dataset, wordings, args, cache, journal, done):
             with autocast(model.device, args.precision):
                 features = cache(image, model.encode_image)
                 done[i] = measure(model, features, sample, asked, list(dataset.classes))
-            journal.add(i, [dict(slice=i, rows=done[i])])
+            journal.add(i, done[i])
         rows += done[i]
     return rows
 
@@ -545,7 +545,7 @@ def measure_texts(args):
         before = read_json(args.json, "delete it, or choose another --json")
         if before.get("settings") == settings:
             done = {each["slice"]: each["rows"] for each in before["slices"]}
-    done |= {each["slice"]: each["rows"] for each in journal.rows}
+    done |= journal.cases
     cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
     found = Found(measure_slices(model, dataset, wordings, args, cache, journal, done), dataset.classes, args.seed)
     write_atomically(args.json, json.dumps(dict(settings=settings, slices=[
