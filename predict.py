@@ -59,7 +59,7 @@ def parse():
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
     add("--sam-checkpoint"), add("--clip")
-    add_precision_flag(parser)
+    add_precision_flag(parser, auto=True)
     args = parser.parse_args()
     free = [kind for kind in ATTRIBUTES if getattr(args, kind)]
     if bool(args.target) == bool(free):
@@ -279,10 +279,12 @@ def main():
     # model needs is imported after that, since it takes longer. Only the last one is kept, they may be many.
     for path in args.inputs:
         read = read_input(path, args)
+    from inference import choose_precision
     from runs import default_checkpoint, load_checkpoint
     checkpoint = args.checkpoint or default_checkpoint(args.modality)
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = choose_precision(model, args.precision)
     texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file, args.texts)
     if args.target:
         texts.check_images(map(name_of, args.inputs), args.target)

@@ -91,13 +91,22 @@ def show_steps(title, args, functions):
     return show(f"{title}, {args.batch_size} images with {args.targets} targets each", rows)
 
 
+def packages_tiny_vit(encoder, x):
+    """LiteMedSAM's image encoder by its package's own forward, [B,3,S,S] -> [B,256,S/4,S/4]."""
+    x = encoder.patch_embed(x.contiguous(memory_format=torch.channels_last))
+    grid = x.shape[-1] // 4
+    for layer in encoder.layers:
+        x = layer(x)
+    return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
+
+
 def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
     """Trains on random images of random structures -> seconds of each step, MB at most (a GPU's, or resident)."""
     device, B, T = torch.device(args.device), args.batch_size, args.targets
     torch.manual_seed(0)
     weights = None if backbone == "lite_medsam" else "random"  # as fast as SAM's
     if naive:  # the packages' own attention stays in place of ours; this process does nothing else
-        encoders.ViTAttention = encoders.WindowAttention = lambda attention: attention
+        encoders.ViTAttention, medsegr.tiny_vit = lambda attention: attention, packages_tiny_vit
     model = medsegr.MedSegR(medsegr.Config(backbone, weights, "minilm", image_size=size)).to(device)
     S, index = model.config.image_size, torch.arange(B * T) // T
     boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]]).repeat(B * T, 1) * S
