@@ -58,6 +58,7 @@ def parse():
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
+    add("--onnx", metavar="FILE", help="what export.py has made, in place of a checkpoint: by onnxruntime")
     add("--sam-checkpoint"), add("--clip")
     add_precision_flag(parser, auto=True)
     args = parser.parse_args()
@@ -80,6 +81,9 @@ def parse():
         if files.count(file_part(target)) > 1:
             raise InputError(f"--target {target}: its results would be called {file_part(target)}, as others are; give "
                              "each target once, and rename it where two differ in signs alone")
+    if args.onnx and (args.explain or args.checkpoint or args.sam_checkpoint or args.clip or args.precision != "auto"):
+        raise InputError("--onnx: the file is the whole model, and its steps cannot be explained; leave out --explain, "
+                         "--checkpoint, --sam-checkpoint, --clip and --precision")
     if args.box and len(args.box) != len(args.names):
         raise InputError(f"--box: {len(args.box)} boxes for {len(args.names)} targets; give one for each")
     if args.point and len(args.names) > 1:
@@ -281,10 +285,15 @@ def main():
         read = read_input(path, args)
     from inference import choose_precision
     from runs import default_checkpoint, load_checkpoint
-    checkpoint = args.checkpoint or default_checkpoint(args.modality)
-    model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    args.precision = choose_precision(model, args.precision)
+    if args.onnx:
+        from export import OnnxModel
+        checkpoint, model, args.precision = args.onnx, OnnxModel(args.onnx), "float32"
+        record = dict(dataset=model.dataset)
+    else:
+        checkpoint = args.checkpoint or default_checkpoint(args.modality)
+        model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        args.precision = choose_precision(model, args.precision)
     texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file, args.texts)
     if args.target:
         texts.check_images(map(name_of, args.inputs), args.target)
