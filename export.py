@@ -14,6 +14,7 @@ metadata says which, and all else that OnnxModel needs. Both files are checked a
 """
 import json
 import logging
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ import torch.nn as nn
 import ops
 from common import ATTRIBUTES, InputError, Parser, make_folder, number, run, write_atomically
 from data import VARIATION
-from inference import wordings
+from inference import predict_image, wordings
 from medsegr import Priors
 from ops.reference import dense_kernel
 from runs import default_checkpoint, load_checkpoint
@@ -197,6 +198,22 @@ class OnnxModel:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def seconds(model, exported, turns=3, clock=time.perf_counter):
+    """What an image and its targets take, {way: seconds}: the median of turns by turns, on this machine."""
+    S, boxes, times = model.config.image_size, None, {}
+    image = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
+    if exported.prompt == "box":
+        boxes = np.tile([S / 4, S / 4, S / 2, S / 2], (len(exported.texts), 1))
+    ways = {f"PyTorch in {kind}": (model, kind) for kind in ("float32", "bfloat16")} | {"ONNX": (exported, "float32")}
+    for turn in range(turns + 1):
+        for way, (asked, precision) in ways.items():
+            started = clock()
+            predict_image(asked, image, exported.texts, boxes, precision=precision)
+            if turn:  # the first one warms up
+                times.setdefault(way, []).append(clock() - started)
+    return {way: statistics.median(t) for way, t in times.items()}
+
+
 def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -238,6 +255,7 @@ def main():
     print(f"wrote {args.out} ({sizes[0]:.0f} MB) and its encoder ({sizes[1]:.0f} MB), opset {OPSET}, "
           f"{exported.config.image_size} px, {len(exported.texts)} targets, in {time.time() - started:.0f} s; the logits "
           f"differ from PyTorch's by {off:.0e} of their range")
+    print("an image and its targets take " + ", ".join(f"{s:.2f} s by {way}" for way, s in seconds(model, exported).items()))
 
 
 if __name__ == "__main__":
