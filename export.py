@@ -134,7 +134,7 @@ class OnnxModel:
         self.decoder = self.session(self.path)
         about = self.decoder.get_modelmeta().custom_metadata_map
         if "encoder" not in about or "texts" not in about:
-            raise InputError(f"--onnx {path}: is not the decoder that export.py writes; give the file named by its --out")
+            raise InputError(f"--onnx {path}: is not a decoder that export.py writes; give the file of its --out")
         self.texts, self.prompt, self.dataset = json.loads(about["texts"]), about["prompt"], about["dataset"]
         self.config = SimpleNamespace(image_size=int(about["image_size"]))
         self.about, self.encoder = about["model"], self.session(self.path.with_name(about["encoder"]))
@@ -173,8 +173,8 @@ class OnnxModel:
         wanted = [{kind: text[kind] for kind in ATTRIBUTES} for text in texts]
         strange = [i for i, text in enumerate(wanted, 1) if text not in known]
         if strange:  # it is not said which: texts may be clinical
-            raise InputError(f"--onnx {self.path}: was made for other texts ({len(strange)} of {len(wanted)} asked for are "
-                             "not among them); ask for its own targets, or make one for these with export.py")
+            raise InputError(f"--onnx {self.path}: was made for other texts ({len(strange)} of {len(wanted)} asked for "
+                             "are not among them); ask for its own targets, or make one for these with export.py")
         return Priors(None, None, None, None, torch.tensor([known.index(text) for text in wanted], dtype=torch.int64))
 
     def run_decoder(self, features, boxes=None):
@@ -186,8 +186,8 @@ class OnnxModel:
         """As MedSegR.decode, of one image."""
         rows, given = priors.T_attr, "point" if points is not None else "none" if boxes is None else "box"
         if given != self.prompt:
-            raise InputError(f"--onnx {self.path}: was made for --prompt {self.prompt}, not {given}; make one for these "
-                             "prompts with export.py" + ", which knows boxes alone" * (given == "point"))
+            raise InputError(f"--onnx {self.path}: was made for --prompt {self.prompt}, not {given}; make one for "
+                             "these prompts with export.py" + ", which knows boxes alone" * (given == "point"))
         if boxes is not None:
             if len(set(rows.tolist())) < len(rows):
                 raise InputError(f"--onnx {self.path}: two boxes for the same texts; ask for one at a time")
@@ -253,9 +253,10 @@ def main():
     exported, off = export(model, args.texts, args.out, args.prompt, dataset)
     sizes = [path.stat().st_size / 2 ** 20 for path in (args.out, args.out.with_name(f"{args.out.stem}-encoder.onnx"))]
     print(f"wrote {args.out} ({sizes[0]:.0f} MB) and its encoder ({sizes[1]:.0f} MB), opset {OPSET}, "
-          f"{exported.config.image_size} px, {len(exported.texts)} targets, in {time.time() - started:.0f} s; the logits "
-          f"differ from PyTorch's by {off:.0e} of their range")
-    print("an image and its targets take " + ", ".join(f"{s:.2f} s by {way}" for way, s in seconds(model, exported).items()))
+          f"{exported.config.image_size} px, {len(exported.texts)} targets, in {time.time() - started:.0f} s; the "
+          f"logits differ from PyTorch's by {off:.0e} of their range")
+    took = ", ".join(f"{s:.2f} s by {way}" for way, s in seconds(model, exported).items())
+    print(f"an image and its targets take {took}")
 
 
 if __name__ == "__main__":

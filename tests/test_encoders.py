@@ -213,7 +213,7 @@ def test_encodings_are_those_of_this_version(backbone):
 @pytest.mark.parametrize("S", [32, 60, 96])  # windows of 7 and 14: 60 / 4 fills whole ones of neither
 def test_tiny_vit_is_the_packages_own(S, monkeypatch):
     """Its modules one after the other, as their own forward has them, in float32 to rounding: with GELU in oneDNN's
-    products and, as on other processors, without; of a batch as of its images; in bfloat16 as near as plain bfloat16."""
+    products and, as on other processors, without; of a batch as of its images; in bfloat16 no worse than its own."""
     model = MedSegR(Config(backbone="lite_medsam", branches=("sam",), image_size=S)).eval()
     encoder, grid = model.sam.image_encoder, S // 4
     x = torch.from_numpy(seeded(S).random((2, 3, S, S), np.float32))

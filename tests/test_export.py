@@ -58,7 +58,8 @@ def test_what_the_files_were_not_made_for_is_refused(exported, tmp_path):
     fails(lambda: onnx.encode_image(torch.zeros(1, 3, 96, 96)), onnx.path, "[B,3,64,64]", "96")
     other = Texts("demo")("liver", "ct", number=1)
     fails(lambda: ask([TEXTS[0], other], boxes_for(2, prompt, rng)), onnx.path, "1 of 2", "export.py")
-    fails(lambda: ask([TEXTS[0]], None if prompt == "box" else boxes_for(1, "box", rng)), f"--prompt {prompt}", "export.py")
+    others = None if prompt == "box" else boxes_for(1, "box", rng)
+    fails(lambda: ask([TEXTS[0]], others), f"--prompt {prompt}", "export.py")
     fails(lambda: ask([TEXTS[0]], None, (np.array([[[3.0, 4]]]), [[1]])), f"--prompt {prompt}", "boxes alone")
     if prompt == "box":
         fails(lambda: ask([TEXTS[0]] * 2, boxes_for(2, prompt, rng)), "one at a time")
@@ -68,6 +69,12 @@ def test_what_the_files_were_not_made_for_is_refused(exported, tmp_path):
     fails(lambda: OnnxModel(tmp_path / "alone.onnx"), "three-encoder.onnx", "no such file", "together")
     (tmp_path / encoder.name).write_bytes(encoder.read_bytes()[:1000])
     fails(lambda: OnnxModel(tmp_path / "alone.onnx"), encoder.name, "not a readable ONNX file")
+
+
+def test_every_way_is_timed(exported):
+    model, onnx, _ = exported
+    took = export.seconds(model, onnx, turns=2)
+    assert list(took) == ["PyTorch in float32", "PyTorch in bfloat16", "ONNX"] and all(t > 0 for t in took.values())
 
 
 def test_a_volume_by_the_command(exported, model, tmp_path, monkeypatch, capsys):
@@ -95,7 +102,8 @@ def test_without_the_package_and_with_flags_that_do_not_fit(tmp_path, monkeypatc
         fails(export.parse, named)
     volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)
     for flag in (["--explain"], ["--checkpoint", "x"], ["--precision", "bfloat16"]):
-        monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "v.nii"), "--target", "liver", "--onnx", "x", *flag])
+        monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "v.nii"), "--target", "liver", "--onnx", "x",
+                                          *flag])
         fails(predict.parse, "--onnx", flag[0])
 
 

@@ -101,8 +101,8 @@ def test_slices_of_air_have_no_answer(model, monkeypatch):
     volume[0], volume[4:] = 0, 0
     volume[4, 3, 5] = 1  # nearly black is not black
     asked = []
-    monkeypatch.setattr(inference, "predict_image", lambda model, image, *a, **k: asked.append(image) or SimpleNamespace(
-        logits=torch.ones(1, 20, 24)))
+    everywhere = SimpleNamespace(logits=torch.ones(1, 20, 24))
+    monkeypatch.setattr(inference, "predict_image", lambda model, image, *a, **k: asked.append(image) or everywhere)
     label = inference.predict_volume(model[0], volume, [TEXT], progress=False)
     assert label.any((1, 2)).tolist() == [False, True, True, True, True, False]
     assert [image[..., 0].tolist() for image in asked] == volume[1:5].tolist()
