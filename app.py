@@ -26,9 +26,9 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import plots  # noqa: E402
-from common import ATTRIBUTES, LIGHT, InputError, Parser, number, run  # noqa: E402
+from common import ATTRIBUTES, LIGHT, InputError, Parser, add_precision_flag, number, run  # noqa: E402
 from data import VARIATION  # noqa: E402
-from inference import explain, predict_image  # noqa: E402
+from inference import choose_precision, explain, predict_image  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
 from readers.pictures import gray_to_rgb, read_image  # noqa: E402
@@ -139,7 +139,7 @@ def drag(clicks, dragged):
     return clicks | dict(box=[*corners.min(0).tolist(), *corners.max(0).tolist()])
 
 
-def find(model, image, clicks, name, texts, with_explanation):
+def find(model, image, clicks, name, texts, with_explanation, precision="float32"):
     """-> (image with the mask, a line about it, the explanation or None)."""
     if image is None:
         raise gr.Error("There is no image: upload one, or take the drawn slice.")
@@ -149,11 +149,11 @@ def find(model, image, clicks, name, texts, with_explanation):
     boxes = np.array([clicks["box"]], np.float32) if clicks["box"] else None
     points = (np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])) if clicks["points"] else None
     asked, picture = [dict(zip(ATTRIBUTES, texts))], None
-    answer = predict_image(model, image, asked, boxes, points)
+    answer = predict_image(model, image, asked, boxes, points, precision)
     mask = answer.masks[0]
     if with_explanation:
         picture = io.BytesIO()
-        plots.explanation(picture, name, explain(model, image, answer, 0, asked, boxes, points))
+        plots.explanation(picture, name, explain(model, image, answer, 0, asked, boxes, points, precision))
         picture = Image.open(picture)
     said = f"{name}: not found; add a box or a point, or other texts"
     if mask.any():
@@ -162,7 +162,7 @@ def find(model, image, clicks, name, texts, with_explanation):
     return marked(image, clicks, mask, name), said, picture
 
 
-def build(model, dataset, about):
+def build(model, dataset, about, precision="float32"):
     """The page."""
     texts = Texts(dataset)
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
@@ -226,7 +226,7 @@ def build(model, dataset, about):
 
         def on_find(image, clicks, name, more, *three):
             try:
-                return find(model, image, clicks, name, three, more)
+                return find(model, image, clicks, name, three, more, precision)
             except (InputError, ValueError) as e:
                 raise gr.Error(str(e))
 
@@ -241,14 +241,17 @@ def main():
     add("--dataset", help="whose classes are offered (default: the checkpoint's)")
     add("--sam-checkpoint"), add("--clip")
     add("--port", type=number(1, 65535, int), default=7860)
+    add_precision_flag(parser, auto=True)
     args = parser.parse_args()
     model, dataset, about = load(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{about}\n{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
+    print(f"{about}\n{model.describe()}", flush=True)
+    precision = choose_precision(model, args.precision)
+    print(f"open http://127.0.0.1:{args.port}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder as well
     with tempfile.TemporaryDirectory(prefix="medsegr-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(model, args.dataset or dataset, about)
+        page = build(model, args.dataset or dataset, about, precision)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
                         css=STYLE, js=DRAG, quiet=True, run_history=False,

@@ -6,6 +6,7 @@
 
 Both decode with decode_targets, and merge_label_map makes one label map of several targets.
 """
+import time
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -53,6 +54,24 @@ class Answer(NamedTuple):
 def autocast(device, precision):
     """bfloat16 or float16 autocast on the device; float32: none."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
+
+
+@torch.no_grad()
+def choose_precision(model, precision="auto"):
+    """"auto" -> "float32" or "bfloat16", whichever encodes an image faster here; says which. Processors with AMX take
+    half the time in bfloat16, many others more. On a GPU bfloat16, without a trial; any other precision as it is."""
+    if precision != "auto" or model.device.type != "cpu":
+        return "bfloat16" if precision == "auto" else precision
+    image, seconds = torch.zeros(1, 3, model.config.image_size, model.config.image_size), {}
+    for kind in ("bfloat16", "float32"):  # the first is at a disadvantage: where both are alike, float32 is exact
+        started = time.perf_counter()
+        with autocast(model.device, kind):
+            model.encode_image(image)
+        seconds[kind] = time.perf_counter() - started
+    fastest = min(seconds, key=seconds.get)
+    print(f"precision {fastest}: an image takes {seconds['float32']:.2g} s in float32 here and "
+          f"{seconds['bfloat16']:.2g} s in bfloat16")
+    return fastest
 
 
 def wordings(texts, n, *target):
@@ -250,25 +269,27 @@ def predict_volume(model, volume, texts, precision="float32", progress=True, bat
     float [T]: the mean over all slices, weighted by what was found there; NaN where nothing was.
 
     `batch` slices at a time: by default one on a CPU, where more are no faster; on a GPU up to a million pixels and 64
-    wordings. progress: a bar, where stderr is a terminal.
+    wordings. Nothing is found in slices that are black all over: air, or the margin of a volume that was turned or
+    padded. progress: a bar, where stderr is a terminal.
     """
     label, T, S = np.zeros(volume.shape, np.uint8), len(texts), model.config.image_size
     voxels, weighted = np.zeros(T), np.zeros(T)
     most = 1 if model.device.type == "cpu" else min(2 ** 20 // S ** 2, 64 // sum(map(len, as_lists(texts))))
-    batch = batch or max(1, most)
+    batch, filled = batch or max(1, most), np.flatnonzero(volume.any((1, 2)))
     with autocast(model.device, precision):
         priors = encode_texts(model, texts)
     hidden = None if progress else True  # None: where stderr is no terminal
-    with tqdm(total=len(volume), desc="predicting", unit="slice", leave=None, disable=hidden) as bar:
-        for start in range(0, len(volume), batch):
-            images = [gray_image(volume, z) for z in range(start, min(start + batch, len(volume)))]
+    with tqdm(total=len(filled), desc="predicting", unit="slice", leave=None, disable=hidden) as bar:
+        for start in range(0, len(filled), batch):
+            rows = filled[start:start + batch]
+            images = [gray_image(volume, z) for z in rows]
             with autocast(model.device, precision):
                 answer = decode_targets(model, encode_images(model, images), texts, priors=priors)
-            for z, (grid, iou) in enumerate(zip(answer.grid.split(T), answer.iou.split(T)), start):
+            for z, grid, iou in zip(rows, answer.grid.split(T), answer.iou.split(T)):
                 label[z] = merge_label_map(to_original(grid, volume.shape[1:]), range(1, T + 1))
                 found = np.bincount(label[z].ravel(), minlength=T + 1)[1:]
                 voxels, weighted = voxels + found, weighted + found * iou.cpu().numpy()
-            bar.update(len(images))
+            bar.update(len(rows))
     with np.errstate(invalid="ignore"):
         return label, weighted / voxels
 

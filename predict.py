@@ -72,8 +72,9 @@ def parse():
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
     add("--resume", action="store_true", help="pass over what has been asked before and is finished")
+    add("--onnx", metavar="FILE", help="what export.py has made, in place of a checkpoint: by onnxruntime")
     add("--sam-checkpoint"), add("--clip")
-    add_precision_flag(parser)
+    add_precision_flag(parser, auto=True)
     args = parser.parse_args()
     free = [kind for kind in ATTRIBUTES if getattr(args, kind)]
     if bool(args.target) == bool(free):
@@ -94,6 +95,9 @@ def parse():
         if files.count(file_part(target)) > 1:
             raise InputError(f"--target {target}: its results would be called {file_part(target)}, as others are; give "
                              "each target once, and rename it where two differ in signs alone")
+    if args.onnx and (args.explain or args.checkpoint or args.sam_checkpoint or args.clip or args.precision != "auto"):
+        raise InputError("--onnx: the file is the whole model, and its steps cannot be explained; leave out --explain, "
+                         "--checkpoint, --sam-checkpoint, --clip and --precision")
     if args.box and len(args.box) != len(args.names):
         raise InputError(f"--box: {len(args.box)} boxes for {len(args.names)} targets; give one for each")
     if args.point and len(args.names) > 1:
@@ -423,10 +427,17 @@ def predict_input(args, model, texts, name, path, read):
 
 def load_model(args):
     """-> model, texts."""
+    from inference import choose_precision
     from runs import load_checkpoint
     choose_checkpoint(args)
-    model, record = load_checkpoint(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.onnx:
+        from export import OnnxModel
+        model = OnnxModel(args.onnx)
+        record = dict(dataset=model.dataset)
+    else:
+        model, record = load_checkpoint(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = "float32" if args.onnx else choose_precision(model, args.precision)
     own = own_texts(record) if args.dataset in (None, "folder") else None
     texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file or own, args.texts)
     if args.target:
@@ -439,7 +450,7 @@ def load_model(args):
 
 def choose_checkpoint(args):
     from runs import checkpoint_file, default_checkpoint
-    args.checkpoint = checkpoint_file(args.checkpoint or default_checkpoint(args.modality))
+    args.checkpoint = args.onnx or checkpoint_file(args.checkpoint or default_checkpoint(args.modality))
 
 
 def main():

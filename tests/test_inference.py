@@ -1,7 +1,10 @@
 """inference.py: what is asked for, how the answers are merged, and that both ways to ask agree."""
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
+import inference
 from data import box_prompt, open_dataset, to_original
 from inference import (Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
                        predict_volume, wordings)
@@ -113,6 +116,38 @@ def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
     assert seen["points"][0].tolist() == [[[31.5, 31.5]]] and seen["points"][1].tolist() == [[1]]
     np.testing.assert_allclose(seen["boxes"].numpy(), [[-1 / 3, -0.25, 63 + 1 / 3, 63.25]], atol=1e-5)
     assert answer.probability.shape == (1, 128, 192) and (answer.probability == 0.5).all()
+
+
+def test_slices_of_air_have_no_answer(model, monkeypatch):
+    """Slices that are black all over are not looked at, whatever the model would say; the others are, as before."""
+    volume = np.random.default_rng(0).integers(0, 255, (6, 20, 24), dtype=np.uint8)
+    volume[0], volume[4:] = 0, 0
+    volume[4, 3, 5] = 1  # nearly black is not black
+    asked = []
+    everywhere = SimpleNamespace(logits=torch.ones(1, 20, 24))
+    monkeypatch.setattr(inference, "predict_image", lambda model, image, *a, **k: asked.append(image) or everywhere)
+    label = inference.predict_volume(model[0], volume, [TEXT], progress=False)
+    assert label.any((1, 2)).tolist() == [False, True, True, True, True, False]
+    assert [image[..., 0].tolist() for image in asked] == volume[1:5].tolist()
+    assert not inference.predict_volume(model[0], volume[:1], [TEXT], progress=False).any()
+
+
+def test_the_faster_precision_is_taken_and_said(model, monkeypatch, capsys):
+    model, speed, clock, seen = model[0], {}, [0.0], []
+
+    def encode(images):
+        kind = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
+        seen.append(kind)
+        clock[0] += speed[kind]
+
+    monkeypatch.setattr(model, "encode_image", encode)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
+    for speed["float32"], speed["bfloat16"], faster in ((0.9, 0.4, "bfloat16"), (0.8, 1.1, "float32")):
+        assert inference.choose_precision(model) == faster and sorted(seen) == ["bfloat16", "float32"]
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and f"precision {faster}" in said and f"{speed['float32']} s in float32" in said
+        seen.clear()
+    assert inference.choose_precision(model, "float16") == "float16" and not seen and not capsys.readouterr().out
 
 
 def test_a_text_removed_is_a_text_emptied(model):
