@@ -149,6 +149,8 @@ def parse():
     add("--mean-wordings", type=number(1, 100, int), metavar="N",
         help="the mean over up to N wordings of a class's texts")
     add("--largest-component", action="store_true", help="of each class in a volume, keep the largest part alone")
+    add("--min-iou", type=number(0, 1), default=0.0,
+        help="a target's answer counts as none where the model expects a lower IoU of it; predict.py's is 0.4")
     add("--limit", type=int, help="only the first N slices")
     add("--seed", type=int, default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")
@@ -183,7 +185,7 @@ def main():
         both = flags_of(args, "dataset", "data", "axes", "fold", "overlap", "contrast", "size", "attributes_file",
                         "texts", "precision", "cache", "cache_gb", "prompt", "points")
         return run_tables(args.tables, args.seeds, args.out, both, flags_of(
-            args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
+            args, "split", "limit", "text", "mean_wordings", "largest_component", "min_iou"), args.train_flags)
     rank, world, device = start_processes()
     model, record = build_model(args)
     args.dataset = args.dataset or record.get("dataset") or "demo"
@@ -201,12 +203,12 @@ def main():
         make_folder(folder) if folder else None
     cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
     predictor = Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision,
-                          args.mean_wordings or 1)
+                          args.mean_wordings or 1, args.min_iou)
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split,
                  prompt=args.prompt, points=args.points, text=args.text, attributes_file=args.attributes_file,
-                 mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,
-                 limit=args.limit, step=record.get("step"), precision=args.precision, model=model.describe(),
-                 images=len(dataset))
+                 mean_wordings=args.mean_wordings, largest_component=args.largest_component, min_iou=args.min_iou,
+                 seed=args.seed, limit=args.limit, step=record.get("step"), precision=args.precision,
+                 model=model.describe(), images=len(dataset))
     settings = about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
     if rank == 0:

@@ -23,6 +23,9 @@ from medsegr import Priors, modulate
 from readers.pictures import RawSample
 
 
+UNSURE = 0.4  # where there is no prompt, predict.py and the page drop masks of which the model expects a lower IoU
+
+
 class Answer(NamedTuple):
     """What the model says of T targets of one image of H x W pixels, or of S x S, its own grid."""
     grid: torch.Tensor  # float32 [T,S,S]: logits on the model's grid
@@ -31,17 +34,24 @@ class Answer(NamedTuple):
     priors: Priors  # of the targets
     steps: dict  # of the targets, see `explain` of MedSegR.decode
     features: torch.Tensor  # F_SAM [1,C,G,G]
+    min_iou: float = 0.0  # a target of which the model expects less has an empty mask
 
     @property
     def logits(self):
         """float32 [T,H,W]: a mask is where they exceed 0. Of a photograph these are 200 MB a target."""
         return to_original(self.grid, self.size)
 
+    def sure(self):
+        """The same answer, whose logits are those of its masks: far below 0 where the target is dropped."""
+        if not self.min_iou:
+            return self
+        return self._replace(grid=self.grid.masked_fill((self.iou < self.min_iou)[:, None, None], -100.0))
+
     @property
     def masks(self):
         """bool [T,H,W], one target after the other, so that memory is that of one target's logits."""
         masks = np.empty((len(self.grid), *self.size), bool)
-        for mask, logits in zip(masks, self.grid):
+        for mask, logits in zip(masks, self.sure().grid):
             mask[...] = (to_original(logits[None], self.size)[0] > 0).cpu().numpy()
         return masks
 
@@ -166,9 +176,11 @@ class Predictor:
     """A model with how it is asked: predictor(sample) -> (class names, mask logits [T,S,S]). wordings: the mean over up
     to so many of each class."""
 
-    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32", wordings=1):
+    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32", wordings=1,
+                 min_iou=0.0):
         self.model, self.texts, self.prompt, self.points, self.seed = model.eval(), texts, prompt, points, seed
         self.cache, self.precision, self.wordings = cache or FeatureCache(None, ""), precision, wordings
+        self.min_iou = min_iou  # see Answer
 
     def prepare(self, sample):
         """Without a prompt the instances of a class are one target."""
@@ -184,7 +196,8 @@ class Predictor:
         empty = getattr(self.texts, "how", None) == "empty"
         with autocast(self.model.device, self.precision):
             features = self.cache(image, self.model.encode_image)
-            return names, decode_targets(self.model, features, texts, points, boxes, empty).logits
+            answer = decode_targets(self.model, features, texts, points, boxes, empty)
+            return names, answer._replace(min_iou=self.min_iou).sure().logits
 
 
 def answers(names, logits, sample):
@@ -239,12 +252,13 @@ def encode_images(model, images):
 
 
 @torch.no_grad()
-def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False):
+def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False,
+                  min_iou=0.0):
     """Masks of several structures in one image, which is encoded once -> Answer on the image's grid.
 
     image uint8 [H,W,3], RGB; texts as decode_targets takes them; boxes float [T,4], x0 y0 x1 y1, and points (float
     [T,N,2] (x, y), int [T,N]: 1 inside, 0 outside, -1 none), in pixels of the image. `features`: of an earlier Answer.
-    empty: allows empty texts.
+    empty: allows empty texts. min_iou: see Answer.
     """
     size, S = image.shape[:2], model.config.image_size
     scale = np.array([S / size[1], S / size[0]], np.float32)
@@ -255,7 +269,8 @@ def predict_image(model, image, texts, boxes=None, points=None, precision="float
         points = to_grid(points[0]), torch.as_tensor(np.asarray(points[1]))
     with autocast(model.device, precision):
         features = encode_images(model, [image]) if features is None else features
-        return decode_targets(model, features, texts, points, boxes, empty)._replace(size=size)
+        return decode_targets(model, features, texts, points, boxes, empty)._replace(
+            size=size, min_iou=min_iou)
 
 
 def gray_image(volume, z):
@@ -264,13 +279,13 @@ def gray_image(volume, z):
 
 
 @torch.no_grad()
-def predict_volume(model, volume, texts, precision="float32", progress=True, batch=None):
+def predict_volume(model, volume, texts, precision="float32", progress=True, batch=None, min_iou=0.0):
     """Slices uint8 [D,H,W] -> label uint8 [D,H,W] of the targets 1, 2, ..., and the IoU that the model expects of each,
     float [T]: the mean over all slices, weighted by what was found there; NaN where nothing was.
 
     `batch` slices at a time: by default one on a CPU, where more are no faster; on a GPU up to a million pixels and 64
     wordings. Nothing is found in slices that are black all over: air, or the margin of a volume that was turned or
-    padded. progress: a bar, where stderr is a terminal.
+    padded. progress: a bar, where stderr is a terminal. min_iou: of a slice, see Answer.
     """
     label, T, S = np.zeros(volume.shape, np.uint8), len(texts), model.config.image_size
     voxels, weighted = np.zeros(T), np.zeros(T)
@@ -285,6 +300,7 @@ def predict_volume(model, volume, texts, precision="float32", progress=True, bat
             images = [gray_image(volume, z) for z in rows]
             with autocast(model.device, precision):
                 answer = decode_targets(model, encode_images(model, images), texts, priors=priors)
+            answer = answer._replace(min_iou=min_iou).sure()
             for z, grid, iou in zip(rows, answer.grid.split(T), answer.iou.split(T)):
                 label[z] = merge_label_map(to_original(grid, volume.shape[1:]), range(1, T + 1))
                 found = np.bincount(label[z].ravel(), minlength=T + 1)[1:]

@@ -68,6 +68,8 @@ def parse():
         "or the right), or this frame of a film; boxes and points need it")
     add("--page", type=number(0, kind=int), help="which page of a TIFF, or frame of an animation, from 0")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
+    add("--min-iou", type=number(0, 1), help="drop a target where the model expects a lower IoU of it, of a volume "
+        "slice by slice (default: 0.4; with a box or a point 0, which keeps all)")
     add("--dicom-seg", action="store_true", help="of a DICOM series, also a DICOM Segmentation; needs highdicom")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
@@ -349,7 +351,8 @@ def write_image(args, name, image, answer):
     for (target, mask), (_, pixels, _, iou) in zip(masks, rows):
         with whole(args.out / f"{name}-{file_part(target)}.png") as file:
             Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, format="PNG")
-        tqdm.write(f"{name}, {target}: {pixels} pixels ({mask.mean():.1%} of the image), expected IoU {iou}")
+        dropped = f", below --min-iou {answer.min_iou:g}: dropped" if float(iou) < answer.min_iou else ""
+        tqdm.write(f"{name}, {target}: {pixels} pixels ({mask.mean():.1%} of the image), expected IoU {iou}{dropped}")
     plots.contact_sheet([(name, image, []), ("prediction", image, masks)], args.out / f"{name}-overlay.png", name, 2,
                         inches=4)
     return rows
@@ -399,8 +402,9 @@ def predict_input(args, model, texts, name, path, read):
         tqdm.write(line)
     axis, z, started = plane_of(args, grid) if grid else 0, args.slice, time.time()
     whole_volume = grid and z is None
+    least = args.min_iou if args.min_iou is not None else 0.0 if args.box or args.point else inference.UNSURE
     if whole_volume:
-        found, iou = inference.predict_volume(model, pixels, asked, args.precision)
+        found, iou = inference.predict_volume(model, pixels, asked, args.precision, min_iou=least)
         z = int(np.argmax((found > 0).sum((1, 2))))  # the slice to explain
         label = np.empty(grid.shape, np.uint8)
         slices_of(label, axis)[...] = inference.largest_components(found) if args.largest_component else found
@@ -414,7 +418,7 @@ def predict_input(args, model, texts, name, path, read):
         stem = f"{name}-page{args.page:03d}"
     if not whole_volume or args.explain:
         boxes, points = check_prompts(args, pixels.shape[:2])
-        answer = inference.predict_image(model, pixels, asked, boxes, points, args.precision)
+        answer = inference.predict_image(model, pixels, asked, boxes, points, args.precision, min_iou=least)
     if not whole_volume:
         rows = write_image(args, stem, pixels, answer)
     for i, target in enumerate(args.names if args.explain else ()):

@@ -1,12 +1,10 @@
 """inference.py: what is asked for, how the answers are merged, and that both ways to ask agree."""
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 
 import inference
 from data import box_prompt, open_dataset, to_original
-from inference import (Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
+from inference import (Answer, Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
                        predict_volume, wordings)
 from readers.synapse import ORGANS
 from texts import Texts
@@ -123,13 +121,32 @@ def test_slices_of_air_have_no_answer(model, monkeypatch):
     volume = np.random.default_rng(0).integers(0, 255, (6, 20, 24), dtype=np.uint8)
     volume[0], volume[4:] = 0, 0
     volume[4, 3, 5] = 1  # nearly black is not black
-    asked = []
-    everywhere = SimpleNamespace(logits=torch.ones(1, 20, 24))
-    monkeypatch.setattr(inference, "predict_image", lambda model, image, *a, **k: asked.append(image) or everywhere)
-    label = inference.predict_volume(model[0], volume, [TEXT], progress=False)
-    assert label.any((1, 2)).tolist() == [False, True, True, True, True, False]
+    asked, S = [], model[0].config.image_size
+    everywhere = Answer(torch.ones(1, S, S), (S, S), torch.tensor([0.75]), None, {}, None)
+    monkeypatch.setattr(inference, "encode_images", lambda model, images: asked.extend(images))
+    monkeypatch.setattr(inference, "decode_targets", lambda *a, **k: everywhere)
+    label, iou = inference.predict_volume(model[0], volume, [TEXT], progress=False)
+    assert label.any((1, 2)).tolist() == [False, True, True, True, True, False] and iou == [0.75]
     assert [image[..., 0].tolist() for image in asked] == volume[1:5].tolist()
-    assert not inference.predict_volume(model[0], volume[:1], [TEXT], progress=False).any()
+    assert not inference.predict_volume(model[0], volume[:1], [TEXT], progress=False)[0].any()
+
+
+def test_what_the_model_expects_to_be_bad_is_dropped(model, monkeypatch):
+    """In every slice the targets below min_iou, and these alone, whatever their logits; the answer keeps its logits."""
+    rng, S = np.random.default_rng(0), model[0].config.image_size
+    volume = rng.integers(1, 255, (5, S, S), dtype=np.uint8)
+    grids, ious = torch.from_numpy(rng.normal(size=(5, 3, S, S))).float(), torch.from_numpy(rng.random((5, 3))).float()
+    found = iter([Answer(grid, (S, S), iou, None, {}, None) for grid, iou in zip(grids, ious)] * 2)
+    monkeypatch.setattr(inference, "decode_targets", lambda *a, **k: next(found))
+    every, _ = inference.predict_volume(model[0], volume, 3 * [TEXT], progress=False)
+    some, _ = inference.predict_volume(model[0], volume, 3 * [TEXT], progress=False, min_iou=0.5)
+    for z, (grid, iou) in enumerate(zip(grids, ious)):
+        assert np.array_equal(every[z], merge_label_map(grid, [1, 2, 3]))
+        sure = [n for n in range(3) if iou[n] >= 0.5]
+        assert np.array_equal(some[z], merge_label_map(grid[sure], [n + 1 for n in sure]))
+        answer = Answer(grid, (S, S), iou, None, {}, None, 0.5)
+        assert answer.masks.any((1, 2)).tolist() == [n in sure for n in range(3)] and answer.logits is not None
+        assert torch.equal(answer.logits, grid) and Answer(*answer[:-1]).masks.any((1, 2)).all()
 
 
 def test_the_faster_precision_is_taken_and_said(model, monkeypatch, capsys):

@@ -125,7 +125,7 @@ def test_switches_of_a_volume(model, tmp_path, monkeypatch):
     volume_file(tmp_path / "v.nii.gz", (0, 1, 2), (False,) * 3)
     seen = []
 
-    def two_parts(model, volume, texts, precision):
+    def two_parts(model, volume, texts, precision, min_iou):
         seen.append(texts)
         label = np.zeros(volume.shape, np.uint8)
         label[1:3, 1:3, 1], label[5, 6, 4] = 1, 1
@@ -210,7 +210,8 @@ def threshold(monkeypatch):
     """threshold(INPUT, *flags) -> the exit status of predict.py with Threshold, without pictures."""
     def ask(*flags):
         try:
-            command(monkeypatch, ROOT / "weights/abdomen-ct.safetensors", *flags, "--target", "liver")
+            command(monkeypatch, ROOT / "weights/abdomen-ct.safetensors", *flags, "--target", "liver", "--precision",
+                    "float32")
         except SystemExit as e:
             return e.code
         return 0
