@@ -69,7 +69,7 @@ def parse():
     add("--page", type=number(0, kind=int), help="which page of a TIFF, or frame of an animation, from 0")
     add("--largest-component", action="store_true", help="of a volume, keep the largest part of each target alone")
     add("--min-iou", type=number(0, 1), help="drop a target where the model expects a lower IoU of it, of a volume "
-        "slice by slice (default: 0.4; with a box or a point 0, which keeps all)")
+        "slice by slice (default: 0.4; with a box, a point or --largest-component 0, which keeps all)")
     add("--dicom-seg", action="store_true", help="of a DICOM series, also a DICOM Segmentation; needs highdicom")
     add("--explain", action="store_true", help="a picture per target of what its texts did")
     add("--out", type=Path, default="out/predict")
@@ -402,7 +402,9 @@ def predict_input(args, model, texts, name, path, read):
         tqdm.write(line)
     axis, z, started = plane_of(args, grid) if grid else 0, args.slice, time.time()
     whole_volume = grid and z is None
-    least = args.min_iou if args.min_iou is not None else 0.0 if args.box or args.point else inference.UNSURE
+    least = args.min_iou
+    if least is None:  # parts of the same organ in other slices are evidence enough
+        least = 0.0 if args.box or args.point or args.largest_component else inference.UNSURE
     if whole_volume:
         found, iou = inference.predict_volume(model, pixels, asked, args.precision, min_iou=least)
         z = int(np.argmax((found > 0).sum((1, 2))))  # the slice to explain
