@@ -173,6 +173,15 @@ def read(paths, series="", modality="ct"):
     return Scan(name, *found)
 
 
+def described(scan):
+    """A line, until something is found."""
+    if scan is None:
+        return ""
+    size = " x ".join(map(str, scan.pixels.shape[:3 if scan.grid else 2]))
+    values = "; usual is to show its values from {:g} to {:g}".format(*scan.window) if scan.window else ""
+    return f"{scan.name}: {size}{values}"
+
+
 @contextmanager
 def told():
     """What is wrong with an input becomes one line on the page, which goes on."""
@@ -335,24 +344,22 @@ def build(model, dataset, about):
         explained = gr.Image(label="what the texts did", format="png", elem_id="explained", interactive=False,
                              buttons=["download", "fullscreen"])
 
-        def show(new, line=""):
+        def show(new):
             """A Scan in place of the last one, whose clicks and masks go."""
             depth = len(new.pixels) if new and new.grid else 0
             middle = depth // 2
-            return {scan: new, clicks: {}, masks: {}, image: slice_of(new, middle, USUAL), said: line,
+            return {scan: new, clicks: {}, masks: {}, image: slice_of(new, middle, USUAL), said: described(new),
                     z: gr.Slider(value=middle, maximum=max(1, depth - 1), visible=depth > 1),
                     window: gr.Radio(value=USUAL, visible=depth > 0), whole: gr.Button(visible=depth > 0),
                     label: gr.DownloadButton(value=None, visible=False), shown: None, explained: None}
 
         def on_files(paths, series, modality):
             with told():
-                new = read(paths, series, modality)
-            size = " x ".join(map(str, new.pixels.shape[:3 if new.grid else 2]))
-            values = ", shown are its values from {:g} to {:g}".format(*new.window) if new.window else ""
-            return show(new, f"{new.name}: {size}{values}")
+                return show(read(paths, series, modality))
 
         def look(scan, z, window, clicks, masks):
-            pixels, own, (mask, line) = slice_of(scan, z, window), clicks.get(z, NOTHING), masks.get(z, (None, ""))
+            pixels, own = slice_of(scan, z, window), clicks.get(z, NOTHING)
+            mask, line = masks.get(z, (None, described(scan)))
             return marked(pixels, own), None if mask is None else marked(pixels, own, mask), line
 
         def mark(scan, z, window, clicks, own):
