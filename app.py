@@ -388,6 +388,7 @@ def build(model, dataset, about):
         fresh = [scan, clicks, masks, image, z, window, whole, label, said, shown, explained]
         at, seen = [scan, z, window, clicks], [image, shown, said]
         busy = dict(concurrency_id="scan", concurrency_limit=1)  # nothing new is opened while something is looked for
+        quick = dict(show_progress="hidden")  # a veil over the image would swallow the next click
         # shown as it was read: a browser knows neither 16 bits nor TIFF
         image.upload(lambda new: show(Scan("image", new)), image, fresh, **busy)
         image.clear(lambda: show(None), None, fresh, **busy)
@@ -395,17 +396,17 @@ def build(model, dataset, about):
         series.submit(on_files, [files, series, modality], fresh, **busy)
         another.click(next_slice, turn, [turn, *fresh], **busy)
         for event in (z.input, window.input):
-            event(look, [*at, masks], seen, show_progress="hidden", trigger_mode="always_last")
-        image.select(on_click, [*at, kind], [clicks, image])
-        dragged.change(on_drag, [*at, dragged], [clicks, image])
-        clear.click(lambda *at: mark(*at, NOTHING), at, [clicks, image])
+            event(look, [*at, masks], seen, trigger_mode="always_last", **quick)
+        image.select(on_click, [*at, kind], [clicks, image], **quick)
+        dragged.change(on_drag, [*at, dragged], [clicks, image], **quick)
+        clear.click(lambda *at: mark(*at, NOTHING), at, [clicks, image], **quick)
         name.select(fill, [name, modality], boxes)
         modality.select(fill, [name, modality], boxes)
         # then of the slice that is looked at by now
         button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(
-            look, [*at, masks], seen)
+            look, [*at, masks], seen, **quick)
         whole.click(on_whole, [scan, window, clicks, name, *boxes], [masks, label], **busy).success(
-            look, [*at, masks], seen)
+            look, [*at, masks], seen, **quick)
     return page
 
 

@@ -395,7 +395,8 @@ def test_a_volume(page, tmp_path):
     scan = app.read([path])
     volume = read_nifti(path, None, "ct")[0].astype(int)
     upload(page, path)
-    page.wait_for_selector("text=scan.nii.gz: 5 x 40 x 48; usual is to show its values from -125 to 275", timeout=60_000)
+    page.wait_for_selector("text=scan.nii.gz: 5 x 40 x 48; usual is to show its values from -125 to 275",
+                           timeout=60_000)
     page.wait_for_selector("#slice input[type=number]", timeout=60_000)
     number = page.locator("#slice input[type=number]")
     close = lambda truth: np.abs(picture_of(page)[..., 0] - truth).mean() < 6  # the page's pictures are compressed
