@@ -31,9 +31,9 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import plots  # noqa: E402
-from common import ATTRIBUTES, LIGHT, InputError, Parser, number, run  # noqa: E402
+from common import ATTRIBUTES, LIGHT, InputError, Parser, add_precision_flag, number, run  # noqa: E402
 from data import VARIATION  # noqa: E402
-from inference import explain, predict_image, predict_volume  # noqa: E402
+from inference import choose_precision, explain, predict_image, predict_volume  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
 from readers.dicom import is_dicom, read_dicom  # noqa: E402
@@ -260,15 +260,15 @@ def as_target(scan, texts):
     return [dict(zip(ATTRIBUTES, texts))]
 
 
-def find(model, scan, z, window, clicks, name, texts, with_explanation):
+def find(model, scan, z, window, clicks, name, texts, with_explanation, precision="float32"):
     """One image or slice -> (its mask bool [H,W], a line about it, the explanation or None)."""
     target, prompts, picture, name = as_target(scan, texts), as_prompts(clicks), None, name or "structure"
     image = slice_of(scan, z, window)
-    answer = predict_image(model, image, target, *prompts)
+    answer = predict_image(model, image, target, *prompts, precision)
     mask = answer.masks[0]
     if with_explanation:
         picture = io.BytesIO()
-        plots.explanation(picture, name, explain(model, image, answer, 0, target, *prompts))
+        plots.explanation(picture, name, explain(model, image, answer, 0, target, *prompts, precision))
         picture = Image.open(picture)
     said = f"{name}: not found; add a box or a point, or other texts"
     if mask.any():
@@ -277,15 +277,15 @@ def find(model, scan, z, window, clicks, name, texts, with_explanation):
     return mask, said, picture
 
 
-def find_all(model, scan, window, clicks, name, texts):
+def find_all(model, scan, window, clicks, name, texts, precision="float32"):
     """A whole volume; clicks: {z: those of slice z}, which help there -> (label uint8 [D,H,W], a line about it, the
     path of its NIfTI file)."""
     target, name = as_target(scan, texts), name or "structure"
-    low_high = WINDOWS[window] or scan.window
-    label = predict_volume(model, np.stack([gray(values, low_high) for values in scan.pixels]), target)
+    volume = np.stack([slice_of(scan, z, window)[..., 0] for z in range(len(scan.pixels))])
+    label, _ = predict_volume(model, volume, target, precision)
     for z, own in clicks.items():
         if own != NOTHING:
-            label[z] = predict_image(model, slice_of(scan, z, window), target, *as_prompts(own)).masks[0]
+            label[z] = predict_image(model, gray_to_rgb(volume[z]), target, *as_prompts(own), precision).masks[0]
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
     path = folder / (re.sub(r"\.(nii(\.gz)?|zip|dcm)$", "", scan.name, flags=re.I) + "-label.nii.gz")
     write_nifti(path, label, scan.grid)
@@ -297,7 +297,7 @@ def find_all(model, scan, window, clicks, name, texts):
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
-def build(model, dataset, about):
+def build(model, dataset, about, precision="float32"):
     """The page."""
     texts = Texts(dataset)
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
@@ -377,12 +377,12 @@ def build(model, dataset, about):
 
         def on_find(scan, z, window, clicks, masks, name, more, *three):
             with told():
-                *found, picture = find(model, scan, z, window, clicks.get(z, NOTHING), name, three, more)
+                *found, picture = find(model, scan, z, window, clicks.get(z, NOTHING), name, three, more, precision)
             return masks | {z: found}, picture
 
         def on_whole(scan, window, clicks, name, position, texture, shape, progress=gr.Progress(track_tqdm=True)):
             with told():
-                found, line, path = find_all(model, scan, window, clicks, name, (position, texture, shape))
+                found, line, path = find_all(model, scan, window, clicks, name, (position, texture, shape), precision)
             return {z: (part > 0, line) for z, part in enumerate(found)}, gr.DownloadButton(value=path, visible=True)
 
         fresh = [scan, clicks, masks, image, z, window, whole, label, said, shown, explained]
@@ -405,8 +405,8 @@ def build(model, dataset, about):
         # then of the slice that is looked at by now
         button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(
             look, [*at, masks], seen, **quick)
-        whole.click(on_whole, [scan, window, clicks, name, *boxes], [masks, label], **busy).success(
-            look, [*at, masks], seen, **quick)
+        whole.click(on_whole, [scan, window, clicks, name, *boxes], [masks, label], show_progress_on=shown, **busy
+                    ).success(look, [*at, masks], seen, **quick)
     return page
 
 
@@ -417,14 +417,17 @@ def main():
     add("--dataset", help="whose classes are offered (default: the checkpoint's)")
     add("--sam-checkpoint"), add("--clip")
     add("--port", type=number(1, 65535, int), default=7860)
+    add_precision_flag(parser, auto=True)
     args = parser.parse_args()
     model, dataset, about = load(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{about}\n{model.describe()}\nopen http://127.0.0.1:{args.port}", flush=True)
+    print(f"{about}\n{model.describe()}", flush=True)
+    precision = choose_precision(model, args.precision)
+    print(f"open http://127.0.0.1:{args.port}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder as well
     with tempfile.TemporaryDirectory(prefix="medsegr-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(model, args.dataset or dataset, about)
+        page = build(model, args.dataset or dataset, about, precision)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
                         max_file_size=MOST_BYTES, css=STYLE, js=DRAG, quiet=True, run_history=False,

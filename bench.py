@@ -11,7 +11,6 @@ all of it; still, measure on an idle one. A ratio is the peer's time, or on a GP
 ours is better. "copy" is y.copy_(x) of the output's size; "of copy bw" is the rate at which ours moves what it must
 (inputs and outputs, once), over the copy's rate. The benchmarks themselves are in benches/.
 """
-import argparse
 import json
 import os
 import platform
@@ -25,13 +24,6 @@ import torch
 import ops
 from common import InputError, Parser, make_folder, positive_int, run, write_atomically
 
-
-def clone(folder):
-    if not (Path(folder) / "DataLoader.py").is_file():
-        raise argparse.ArgumentTypeError(f"{folder}: no DataLoader.py; clone github.com/OpenGVLab/SAM-Med2D there")
-    return folder
-
-
 N = dict(type=positive_int)
 DATA = {"dataset": {}, "--data": dict(help="folder of the data (default: data/<dataset>)")}
 COMMANDS = {  # command -> its function in benches/, what it measures, its flags
@@ -40,11 +32,9 @@ COMMANDS = {  # command -> its function in benches/, what it measures, its flags
         "--targets": dict(**N, nargs="+", default=[1, 8, 96], help="M"), "--channels": dict(**N, default=256)}),
     "model": ("training.bench_model", "a training step and a decode, with the compiled operators and the reference", {
         "--feature-grid": dict(**N, default=32, help="H = W")}),
-    "train": ("training.bench_train", "a training step against the naive way, and SAM-Med2D's", {
+    "train": ("training.bench_train", "a training step on cached features, without a cache, and the naive way", {
         "--backbones": dict(nargs="+", default=["lite_medsam", "vit_b"]), "--batch-size": dict(**N, default=4),
-        "--targets": dict(**N, default=4, help="per image"),
-        "--peer": dict(type=clone, help="a clone of github.com/OpenGVLab/SAM-Med2D, with opencv-python-headless, "
-                                        "albumentations and scikit-image installed")}),
+        "--targets": dict(**N, default=4, help="per image")}),
     "data": ("loading.bench_data", "loading images, one process and several workers", {
         **DATA, "--image-size": dict(**N, default=256), "--images": dict(**N, default=256)}),
     "eval": ("scoring.bench_eval", "Dice and HD95 of whole volumes, against medpy", {

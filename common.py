@@ -303,10 +303,12 @@ def model_options(args):
     return (LIGHT if args.light else {}) | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
 
 
-def add_precision_flag(parser):
-    parser.add_argument("--precision", default="bfloat16" if torch.cuda.is_available() else "float32",
-                        choices=("float32", "bfloat16", "float16"),
-                        help="of the computation (autocast); default here: %(default)s")
+def add_precision_flag(parser, auto=False):
+    """auto: the default is what is faster, see inference.choose_precision."""
+    kinds, default = ("float32", "bfloat16", "float16"), "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument("--precision", default="auto" if auto else default, choices=("auto",) * auto + kinds,
+                        help="of the computation (autocast)" + "; auto: the faster one, by a trial" * auto
+                             + "; default here: %(default)s")
 
 
 def add_runtime_flags(parser):

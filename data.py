@@ -14,17 +14,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import InputError, Parser, number, positive_int, run, seeded
+from common import ATTRIBUTES, InputError, Parser, number, positive_int, run, seeded
 from readers.demo import Demo
+from readers.folder import Folder
 from readers.kits19 import KiTS19
 from readers.kvasir import Kvasir
 from readers.pictures import SPLITS
 from readers.sa_med2d import SAMed2D
 from readers.synapse import Synapse
-from texts import Texts
+from texts import Texts, write_form
 
-SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir)}
-OPTIONS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",)}
+SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir, Folder)}
+OPTIONS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",), "folder": ("fold",)}
 PROMPTS = ("none", "point", "box")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,6 +534,7 @@ def add_data_flags(parser):
     add("--data", help="folder of the data (default: data/<dataset>)")
     add("--axes", choices=("xyz", "z"),
         help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
+    add("--fold", type=number(0, kind=int), help="folder: which of splits_final.json (default 0)")
     add("--overlap", type=number(0, 1),
         help="demo: how far the organs are pushed into each other, 0 to 1 (default 0.3)")
     add("--contrast", type=number(0, 10), help="demo: factor on the organs' contrast, 0 to 10 (default 1)")
@@ -543,7 +545,32 @@ def add_data_flags(parser):
 
 def dataset_options(args):
     """The data set's own settings among the flags, as open_dataset takes them."""
-    return {option: getattr(args, option) for option in ("axes", "overlap", "contrast", "size")}
+    return {option: getattr(args, option) for option in ("axes", "fold", "overlap", "contrast", "size")}
+
+
+def open_texts(args):
+    """The Texts that the flags name. --dataset folder has its own in DIR/attributes.json, and this becomes the value of
+    --attributes-file, so that a checkpoint remembers it."""
+    if args.dataset == "folder" and not args.attributes_file:
+        path = Path(args.data or "data/folder") / "attributes.json"
+        if not path.is_file():
+            raise InputError(f"{path}: missing; python data.py stats --dataset folder --data {path.parent} writes a "
+                             "form for the texts of its classes")
+        args.attributes_file = str(path)
+    return Texts(args.dataset, args.attributes_file, args.texts)
+
+
+def open_or_draft_texts(args, source):
+    """open_texts(), but where the texts of --dataset folder are missing a form is written. What other data sets say of
+    classes with the same names is taken for a start."""
+    path = Path(args.data or "data/folder") / "attributes.json"
+    if args.dataset == "folder" and not args.attributes_file and not path.exists():
+        plain = {target: target.replace("_", " ").lower() for target in source.classes}
+        drafts = {target: {kind: Texts(other.name).wordings(plain[target], modality, kind) for kind in ATTRIBUTES}
+                  for target, modality in source.pairs
+                  for other in (Kvasir, KiTS19, Synapse) if (plain[target], modality) in other.pairs}
+        write_form(path, args.dataset, source.classes, drafts)
+    return open_texts(args)
 
 
 def main():
@@ -567,7 +594,7 @@ def main():
             raise InputError("--dataset: name the data set")
         raise SystemExit(stats(args, lambda split: open_dataset(args.dataset, args.data, split, limit=args.limit,
                                                                 **dataset_options(args)),
-                               lambda: Texts(args.dataset, args.attributes_file, args.texts)))
+                               lambda source: open_or_draft_texts(args, source)))
     prepare(args.dataset, args.raw, args.out or Path("data") / args.dataset)
 
 

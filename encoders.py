@@ -14,6 +14,7 @@ import warnings
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,15 +62,11 @@ def load_weights(module, path):
     except Exception as e:
         raise InputError(f"--sam-checkpoint {path}: not a readable checkpoint ({type(e).__name__}); "
                          "it may be truncated, download it again") from None
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    want = module.state_dict()
-    wrong = [k for k in want.keys() | state.keys()
-             if k not in want or k not in state or want[k].shape != getattr(state[k], "shape", None)]
-    if wrong:
+    try:
+        module.load_state_dict(state.get("model", state) if isinstance(state, dict) else {})
+    except (RuntimeError, TypeError, AttributeError) as e:  # the last: names that are no text
         raise InputError(f"--sam-checkpoint {path}: not a checkpoint of this --backbone "
-                         f"({len(wrong)} of {len(want)} tensors missing, unknown or of another shape, "
-                         f"such as {min(wrong)})")
-    module.load_state_dict(state)
+                         f"({' '.join(str(e).split())[:200]})") from None
 
 
 def build_sam(config):
@@ -124,37 +121,90 @@ def build_tiny_vit(image_size):
     for module in encoder.modules():
         if hasattr(module, "input_resolution"):
             module.input_resolution = tuple(n * image_size // 256 for n in module.input_resolution)
-        if hasattr(getattr(module, "attn", None), "attention_biases"):
-            module.attn = WindowAttention(module.attn)
     return encoder
 
 
 def tiny_vit(encoder, x):
-    """[B,3,S,S] -> [B,256,S/4,S/4]; the package's own forward, but for its fixed grid of 64 x 64."""
-    x = encoder.patch_embed(x.contiguous(memory_format=torch.channels_last))
-    grid = x.shape[-1] // 4
-    for layer in encoder.layers:
-        x = layer(x)
-    return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
+    """[B,3,S,S] -> [B,256,S/4,S/4]: the package's own function of its modules, for any grid, and in fewer passes over
+    memory, which take a CPU as long as the products: x is [B,H,W,C] throughout, so 1 x 1 convolutions are products."""
+    first, _, second = encoder.patch_embed.seq
+    x = product(second.c, product(first.c, x.permute(0, 2, 3, 1).contiguous(), gelu=True))
+    for n, layer in enumerate(encoder.layers):
+        for block in layer.blocks:
+            x = attention_block(block, x) if n else convolution_block(block, x)
+        if layer.downsample:
+            x = depthwise(layer.downsample.conv2.c, product(layer.downsample.conv1.c, x, gelu=True), gelu=True)
+            x = product(layer.downsample.conv3.c, x)
+    first, norm, second, last_norm = encoder.neck
+    norms = lambda n, x: F.layer_norm(x, x.shape[-1:], n.weight, n.bias, n.eps)  # of the package: over [B,C,H,W]
+    x = second(norms(norm, product(first, x)).permute(0, 3, 1, 2))
+    return norms(last_norm, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
-class WindowAttention(nn.Module):
-    """TinyViT's Attention within windows, x [windows,N,C] -> the same shape, with its weights under the same names, but
-    without writing the N x N attention."""
+def convolution_block(block, x):
+    """TinyViT's MBConv, [B,H,W,C] -> the same shape."""
+    y = depthwise(block.conv2.c, product(block.conv1.c, x, gelu=True), gelu=True)
+    return F.gelu(product(block.conv3.c, y, add=x))
 
-    def __init__(self, attention):
-        super().__init__()
-        self.num_heads, self.widths = attention.num_heads, [attention.key_dim, attention.key_dim, attention.d]
-        self.norm, self.qkv, self.proj = attention.norm, attention.qkv, attention.proj
-        self.attention_biases = attention.attention_biases
-        self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
 
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).unflatten(2, (self.num_heads, -1)).split(self.widths, 3)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        bias = self.attention_biases[:, self.attention_bias_idxs]  # [heads,N,N]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
-        return self.proj(x.transpose(1, 2).flatten(2))
+def attention_block(block, x):
+    """TinyViTBlock, [B,H,W,C] -> the same shape: attention within windows of w x w, the image padded with zeros to
+    whole ones; a depthwise convolution; an MLP."""
+    (B, H, W, C), w, attention = x.shape, block.window_size, block.attn
+    y = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
+    rows, columns = y.shape[1] // w, y.shape[2] // w
+    y = y.view(B, rows, w, columns, w, C).transpose(2, 3).reshape(B * rows * columns, w * w, C)
+    q, k, v = product(attention.qkv, attention.norm(y)).unflatten(2, (attention.num_heads, -1)).split(
+        [attention.key_dim, attention.key_dim, attention.d], 3)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    bias = attention.attention_biases[:, attention.attention_bias_idxs]  # [heads,w*w,w*w]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+    y = y.transpose(1, 2).reshape(B, rows, columns, w, w, C).transpose(2, 3)
+    y = y.reshape(B, rows * w, columns * w, C)[:, :H, :W]  # windows back in place
+    x = depthwise(block.local_conv.c, product(attention.proj, y, add=x))
+    return product(block.mlp.fc2, product(block.mlp.fc1, block.mlp.norm(x), gelu=True), add=x)
+
+
+def product(layer, x, gelu=False, add=None):
+    """GELU(x W + b), or x W + b + add, of a linear layer or a 1 x 1 convolution, x [...,C] -> [...,D]."""
+    W, b = layer.weight.flatten(1), layer.bias
+    if dtype := fused_dtype(x):
+        x, W, b = x.to(dtype), W.to(dtype), b if b is None else b.to(dtype)
+        if add is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, add.to(dtype).contiguous(), W, b, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, W, b, "gelu" if gelu else "none", [], "none")
+    x = F.linear(x, W, b)
+    x = F.gelu(x) if gelu else x
+    return x if add is None else x + add
+
+
+def depthwise(conv, x, gelu=False):
+    """A convolution of each channel alone, then GELU, x [B,H,W,C] -> [B,H',W',C]."""
+    x, W, b = x.permute(0, 3, 1, 2), conv.weight, conv.bias
+    if dtype := fused_dtype(x):
+        x = torch.ops.mkldnn._convolution_pointwise(
+            x.to(dtype), W.to(dtype), b.to(dtype), conv.padding, conv.stride, conv.dilation, conv.groups,
+            "gelu" if gelu else "none", [], "none")
+    else:
+        x = conv(x)
+        x = F.gelu(x) if gelu else x
+    return x.permute(0, 2, 3, 1)
+
+
+def fused_dtype(x):
+    """The dtype in which a CPU multiplies where it can apply GELU while it writes the product (by oneDNN, whose
+    operators PyTorch has for its own compiler); None where it cannot: other processors, gradients, torch.compile."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or not fusing():
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    known = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if known else None
+
+
+@cache
+def fusing():
+    return (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+            and all(hasattr(torch.ops.mkldnn, f"_{kind}_pointwise") for kind in ("linear", "convolution")))
 
 
 def fold_batch_norm(encoder):

@@ -17,14 +17,14 @@ from tqdm import tqdm
 import plots
 from common import (InputError, Parser, add_model_flags, add_runtime_flags, make_folder, model_options, number, run,
                     start_processes, write_atomically)
-from data import PROMPTS, SPLITS, add_data_flags, dataset_options, open_dataset
+from data import PROMPTS, SPLITS, add_data_flags, dataset_options, open_dataset, open_texts
 from encoders import FeatureCache, fingerprint
 from inference import Predictor, answers, by_class, label_maps, largest_components, original_image, predict
 from medsegr import Config, MedSegR
 from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
                      summarise, with_none)
 from runs import load_checkpoint, newest_checkpoint
-from texts import TEXTS, Rephrased, Texts
+from texts import TEXTS, Rephrased
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of a data set
@@ -77,16 +77,16 @@ def evaluate(predictor, dataset, journal=None, rank=0, world=1, progress=True, l
     if world > 1:
         dist.barrier()  # all have read what is there
     journal.begin()
-    todo = [images for images in cases_of(dataset)[rank::world] if images[0] not in journal.done]
+    todo = [images for images in cases_of(dataset)[rank::world] if images[0] not in journal.cases]
     with tqdm(total=sum(map(len, todo)), desc=f"evaluating, prompt {predictor.prompt}", unit="image",
               disable=not progress or rank > 0, mininterval=1) as bar:
         for images in todo:
             journal.add(images[0], evaluate_case(predictor, dataset, images, bar.update, largest_component))
-    parts = [journal.rows]
+    parts = [journal.cases]
     if world > 1:
         parts = [None] * world if rank == 0 else None
-        dist.gather_object(journal.rows, parts)
-    scores = score_table([row for rows in parts or () for row in rows])
+        dist.gather_object(journal.cases, parts)
+    scores = score_table([row for cases in parts or () for rows in cases.values() for row in rows])
     return scores[scores["volume"]], scores[~scores["volume"]]
 
 
@@ -149,6 +149,8 @@ def parse():
     add("--mean-wordings", type=number(1, 100, int), metavar="N",
         help="the mean over up to N wordings of a class's texts")
     add("--largest-component", action="store_true", help="of each class in a volume, keep the largest part alone")
+    add("--min-iou", type=number(0, 1), default=0.0,
+        help="a target's answer counts as none where the model expects a lower IoU of it; predict.py's is 0.4")
     add("--limit", type=int, help="only the first N slices")
     add("--seed", type=int, default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")
@@ -180,16 +182,16 @@ def main():
     if args.tables:
         from paper.ablations import run_tables
         args.cache = args.cache or "none"
-        both = flags_of(args, "dataset", "data", "axes", "overlap", "contrast", "size", "attributes_file", "texts",
-                        "precision", "cache", "cache_gb", "prompt", "points")
+        both = flags_of(args, "dataset", "data", "axes", "fold", "overlap", "contrast", "size", "attributes_file",
+                        "texts", "precision", "cache", "cache_gb", "prompt", "points")
         return run_tables(args.tables, args.seeds, args.out, both, flags_of(
-            args, "split", "limit", "text", "mean_wordings", "largest_component"), args.train_flags)
+            args, "split", "limit", "text", "mean_wordings", "largest_component", "min_iou"), args.train_flags)
     rank, world, device = start_processes()
     model, record = build_model(args)
     args.dataset = args.dataset or record.get("dataset") or "demo"
     dataset = open_dataset(args.dataset, args.data, args.split, model.config.image_size, limit=args.limit,
                            **dataset_options(args))
-    texts = Texts(args.dataset, args.attributes_file, args.texts)
+    texts = open_texts(args)
     texts.check(dataset.source.pairs)
     if (unused := texts.unused([dataset.source])) and rank == 0:
         print(unused)
@@ -201,12 +203,12 @@ def main():
         make_folder(folder) if folder else None
     cache = FeatureCache(args.cache, f"{model.features_key()}-{args.precision}", args.cache_gb)
     predictor = Predictor(model.to(device), texts, args.prompt, args.points, args.seed, cache, args.precision,
-                          args.mean_wordings or 1)
+                          args.mean_wordings or 1, args.min_iou)
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split,
                  prompt=args.prompt, points=args.points, text=args.text, attributes_file=args.attributes_file,
-                 mean_wordings=args.mean_wordings, largest_component=args.largest_component, seed=args.seed,
-                 limit=args.limit, step=record.get("step"), precision=args.precision, model=model.describe(),
-                 images=len(dataset))
+                 mean_wordings=args.mean_wordings, largest_component=args.largest_component, min_iou=args.min_iou,
+                 seed=args.seed, limit=args.limit, step=record.get("step"), precision=args.precision,
+                 model=model.describe(), images=len(dataset))
     settings = about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
     if rank == 0:

@@ -6,6 +6,7 @@
 
 Both decode with decode_targets, and merge_label_map makes one label map of several targets.
 """
+import time
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from medsegr import Priors, modulate
 from readers.pictures import RawSample
 
 
+UNSURE = 0.4  # where there is no prompt, predict.py and the page drop masks of which the model expects a lower IoU
+
+
 class Answer(NamedTuple):
     """What the model says of T targets of one image of H x W pixels, or of S x S, its own grid."""
     grid: torch.Tensor  # float32 [T,S,S]: logits on the model's grid
@@ -30,17 +34,24 @@ class Answer(NamedTuple):
     priors: Priors  # of the targets
     steps: dict  # of the targets, see `explain` of MedSegR.decode
     features: torch.Tensor  # F_SAM [1,C,G,G]
+    min_iou: float = 0.0  # a target of which the model expects less has an empty mask
 
     @property
     def logits(self):
         """float32 [T,H,W]: a mask is where they exceed 0. Of a photograph these are 200 MB a target."""
         return to_original(self.grid, self.size)
 
+    def sure(self):
+        """The same answer, whose logits are those of its masks: far below 0 where the target is dropped."""
+        if not self.min_iou:
+            return self
+        return self._replace(grid=self.grid.masked_fill((self.iou < self.min_iou)[:, None, None], -100.0))
+
     @property
     def masks(self):
         """bool [T,H,W], one target after the other, so that memory is that of one target's logits."""
         masks = np.empty((len(self.grid), *self.size), bool)
-        for mask, logits in zip(masks, self.grid):
+        for mask, logits in zip(masks, self.sure().grid):
             mask[...] = (to_original(logits[None], self.size)[0] > 0).cpu().numpy()
         return masks
 
@@ -53,6 +64,24 @@ class Answer(NamedTuple):
 def autocast(device, precision):
     """bfloat16 or float16 autocast on the device; float32: none."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
+
+
+@torch.no_grad()
+def choose_precision(model, precision="auto"):
+    """"auto" -> "float32" or "bfloat16", whichever encodes an image faster here; says which. Processors with AMX take
+    half the time in bfloat16, many others more. On a GPU bfloat16, without a trial; any other precision as it is."""
+    if precision != "auto" or model.device.type != "cpu":
+        return "bfloat16" if precision == "auto" else precision
+    image, seconds = torch.zeros(1, 3, model.config.image_size, model.config.image_size), {}
+    for kind in ("bfloat16", "float32"):  # the first is at a disadvantage: where both are alike, float32 is exact
+        started = time.perf_counter()
+        with autocast(model.device, kind):
+            model.encode_image(image)
+        seconds[kind] = time.perf_counter() - started
+    fastest = min(seconds, key=seconds.get)
+    print(f"precision {fastest}: an image takes {seconds['float32']:.2g} s in float32 here and "
+          f"{seconds['bfloat16']:.2g} s in bfloat16")
+    return fastest
 
 
 def wordings(texts, n, *target):
@@ -68,26 +97,35 @@ def as_lists(texts):
     return [[words] if isinstance(words, dict) else words for words in texts]
 
 
+def encode_texts(model, texts, empty=False):
+    """The texts of T targets, see decode_targets -> Priors of all their wordings."""
+    return model.encode_attributes([text for words in as_lists(texts) for text in words], empty=empty)
+
+
 @torch.no_grad()
-def decode_targets(model, features, texts, points=None, boxes=None, empty=False):
-    """Features [1,C,G,G] of one image, and T targets to find in it -> Answer on the model's grid.
+def decode_targets(model, features, texts, points=None, boxes=None, empty=False, priors=None):
+    """Features [B,C,G,G] of B images, and T targets to find in each -> Answer on the model's grid, of B * T targets:
+    first all of the first image.
 
     texts: of each target a dict of position, texture and shape, or a list of them: the logits are the mean over such
-    wordings, priors and steps those of the first. points and boxes as MedSegR.decode takes them. empty: allows empty
-    texts.
+    wordings, priors and steps those of the first. points and boxes, of a single image, as MedSegR.decode takes them.
+    empty: allows empty texts. priors: encode_texts of the same texts, by an earlier call.
     """
-    texts, S = as_lists(texts), model.config.image_size
-    target = torch.tensor([t for t, words in enumerate(texts) for _ in words], dtype=torch.int64, device=model.device)
-    of_each = lambda x: x.to(model.device)[target]  # a target's prompts, for each of its wordings
+    texts, S, B, T = as_lists(texts), model.config.image_size, len(features), len(texts)
+    wording = torch.tensor([t for t, words in enumerate(texts) for _ in words], dtype=torch.int64, device=model.device)
+    of_each = lambda x: x.to(model.device)[wording]  # a target's prompts, for each of its wordings
     points, boxes = points and tuple(map(of_each, points)), None if boxes is None else of_each(boxes)
-    priors = model.encode_attributes([text for words in texts for text in words], empty=empty)
+    priors = encode_texts(model, texts, empty) if priors is None else priors
+    priors = priors.take(torch.arange(len(wording), device=model.device).repeat(B))
+    image = torch.arange(B, device=model.device).repeat_interleave(len(wording))
     features = features.to(model.device)
-    logits, iou, steps = model.decode(features, torch.zeros_like(target), priors, points, boxes, explain=True)
+    logits, iou, steps = model.decode(features, image, priors, points, boxes, explain=True)
     logits = F.interpolate(logits.float()[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
     iou = iou.float()
-    if len(target) > len(texts):
-        logits, iou = (torch.stack([x[target == t].mean(0) for t in range(len(texts))]) for x in (logits, iou))
-        first = torch.searchsorted(target, torch.arange(len(texts), device=model.device))
+    if len(wording) > T:
+        target = wording.repeat(B) + T * image
+        logits, iou = (torch.stack([x[target == t].mean(0) for t in range(B * T)]) for x in (logits, iou))
+        first = torch.searchsorted(target, torch.arange(B * T, device=model.device))
         priors, steps = priors.take(first), {name: x if x is None else x[first] for name, x in steps.items()}
     return Answer(logits, (S, S), iou, priors, steps, features)
 
@@ -138,9 +176,11 @@ class Predictor:
     """A model with how it is asked: predictor(sample) -> (class names, mask logits [T,S,S]). wordings: the mean over up
     to so many of each class."""
 
-    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32", wordings=1):
+    def __init__(self, model, texts, prompt, points=1, seed=0, cache=None, precision="float32", wordings=1,
+                 min_iou=0.0):
         self.model, self.texts, self.prompt, self.points, self.seed = model.eval(), texts, prompt, points, seed
         self.cache, self.precision, self.wordings = cache or FeatureCache(None, ""), precision, wordings
+        self.min_iou = min_iou  # see Answer
 
     def prepare(self, sample):
         """Without a prompt the instances of a class are one target."""
@@ -156,7 +196,8 @@ class Predictor:
         empty = getattr(self.texts, "how", None) == "empty"
         with autocast(self.model.device, self.precision):
             features = self.cache(image, self.model.encode_image)
-            return names, decode_targets(self.model, features, texts, points, boxes, empty).logits
+            answer = decode_targets(self.model, features, texts, points, boxes, empty)
+            return names, answer._replace(min_iou=self.min_iou).sure().logits
 
 
 def answers(names, logits, sample):
@@ -203,13 +244,21 @@ def original_image(sample):
 # ---------------------------------------------------------------------------------------------------------------------
 # One's own image or volume, with one's own prompts
 
+def encode_images(model, images):
+    """Images of one size, uint8 [H,W,3] each -> features [B,C,G,G]."""
+    nothing, S = np.zeros((0, *images[0].shape[:2]), bool), model.config.image_size
+    squares = [make_sample(RawSample(image, nothing, (), (), ""), S, "", "").image for image in images]
+    return model.encode_image(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2))
+
+
 @torch.no_grad()
-def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False):
+def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False,
+                  min_iou=0.0):
     """Masks of several structures in one image, which is encoded once -> Answer on the image's grid.
 
     image uint8 [H,W,3], RGB; texts as decode_targets takes them; boxes float [T,4], x0 y0 x1 y1, and points (float
     [T,N,2] (x, y), int [T,N]: 1 inside, 0 outside, -1 none), in pixels of the image. `features`: of an earlier Answer.
-    empty: allows empty texts.
+    empty: allows empty texts. min_iou: see Answer.
     """
     size, S = image.shape[:2], model.config.image_size
     scale = np.array([S / size[1], S / size[0]], np.float32)
@@ -219,11 +268,9 @@ def predict_image(model, image, texts, boxes=None, points=None, precision="float
     if points is not None:
         points = to_grid(points[0]), torch.as_tensor(np.asarray(points[1]))
     with autocast(model.device, precision):
-        if features is None:
-            nothing = np.zeros((0, *size), bool)
-            square = make_sample(RawSample(image, nothing, (), (), ""), S, "", "").image
-            features = model.encode_image(torch.from_numpy(square).permute(2, 0, 1)[None])
-        return decode_targets(model, features, texts, points, boxes, empty)._replace(size=size)
+        features = encode_images(model, [image]) if features is None else features
+        return decode_targets(model, features, texts, points, boxes, empty)._replace(
+            size=size, min_iou=min_iou)
 
 
 def gray_image(volume, z):
@@ -231,13 +278,36 @@ def gray_image(volume, z):
     return np.repeat(volume[z][..., None], 3, 2)
 
 
-def predict_volume(model, volume, texts, precision="float32", progress=True):
-    """uint8 [D,H,W] -> label uint8 [D,H,W] of the targets 1, 2, ...: slice by slice, so that memory is that of one."""
-    label, numbers = np.zeros(volume.shape, np.uint8), range(1, len(texts) + 1)
-    for z in tqdm(range(len(volume)), "predicting", unit="slice", disable=not progress, mininterval=1):
-        answer = predict_image(model, gray_image(volume, z), texts, precision=precision)
-        label[z] = merge_label_map(answer.logits, numbers)
-    return label
+@torch.no_grad()
+def predict_volume(model, volume, texts, precision="float32", progress=True, batch=None, min_iou=0.0):
+    """Slices uint8 [D,H,W] -> label uint8 [D,H,W] of the targets 1, 2, ..., and the IoU that the model expects of each,
+    float [T]: the mean over all slices, weighted by what was found there; NaN where nothing was.
+
+    `batch` slices at a time: by default one on a CPU, where more are no faster; on a GPU up to a million pixels and 64
+    wordings. Nothing is found in slices that are black all over: air, or the margin of a volume that was turned or
+    padded. progress: a bar, where stderr is a terminal. min_iou: of a slice, see Answer.
+    """
+    label, T, S = np.zeros(volume.shape, np.uint8), len(texts), model.config.image_size
+    voxels, weighted = np.zeros(T), np.zeros(T)
+    most = 1 if model.device.type == "cpu" else min(2 ** 20 // S ** 2, 64 // sum(map(len, as_lists(texts))))
+    batch, filled = batch or max(1, most), np.flatnonzero(volume.any((1, 2)))
+    with autocast(model.device, precision):
+        priors = encode_texts(model, texts)
+    hidden = None if progress else True  # None: where stderr is no terminal
+    with tqdm(total=len(filled), desc="predicting", unit="slice", leave=None, disable=hidden) as bar:
+        for start in range(0, len(filled), batch):
+            rows = filled[start:start + batch]
+            images = [gray_image(volume, z) for z in rows]
+            with autocast(model.device, precision):
+                answer = decode_targets(model, encode_images(model, images), texts, priors=priors)
+            answer = answer._replace(min_iou=min_iou).sure()
+            for z, grid, iou in zip(rows, answer.grid.split(T), answer.iou.split(T)):
+                label[z] = merge_label_map(to_original(grid, volume.shape[1:]), range(1, T + 1))
+                found = np.bincount(label[z].ravel(), minlength=T + 1)[1:]
+                voxels, weighted = voxels + found, weighted + found * iou.cpu().numpy()
+            bar.update(len(rows))
+    with np.errstate(invalid="ignore"):
+        return label, weighted / voxels
 
 
 # ---------------------------------------------------------------------------------------------------------------------

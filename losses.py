@@ -8,6 +8,7 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from data import correction_points
 
@@ -27,10 +28,7 @@ def segmentation_loss(logits, iou, masks, count=None, weights=(20.0, 1.0, 1.0)):
         return zero, torch.zeros(3, device=logits.device)
     truth = masks.float()
     logits = F.interpolate(logits.float()[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    p = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    right, alpha = truth * p + (1 - truth) * (1 - p), 0.25 * truth + 0.75 * (1 - truth)
-    focal = (alpha * (1 - right) ** 2 * entropy).mean((1, 2))
+    p, focal = logits.sigmoid(), sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2).mean((1, 2))
     dice = 1 - (2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)
     with torch.no_grad():
         predicted = logits > 0

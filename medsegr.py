@@ -167,7 +167,7 @@ class Priors(NamedTuple):
     A_pos: torch.Tensor | None         # [M,g,g] in (0, 2): 1 leaves the features as they are
     texture: torch.Tensor | None       # [M,7,7]
     shape_kernel: torch.Tensor | None  # [M,3,3]
-    shape_offset: torch.Tensor | None  # [M,18,n,n] in feature cells, dy and dx of each tap
+    shape_offset: torch.Tensor | None  # [M,18,n,n] in feature cells, dy and dx of each tap; None: a dense shape_kernel
     T_attr: torch.Tensor | None        # [M,d]
 
     def take(self, index):
@@ -227,7 +227,9 @@ def modulate(F_SAM, index, priors):
         x = dynamic_conv2d(F_SAM, priors.texture, A_pos, index)  # F_attn = A_pos * F_SAM, then F'
     else:
         x = F_SAM[index] if A_pos is None else A_pos[:, None] * F_SAM[index]
-    if priors.shape_kernel is not None:
+    if priors.shape_kernel is not None and offset is None:
+        x = dynamic_conv2d(x, priors.shape_kernel)
+    elif priors.shape_kernel is not None:
         if offset.shape[-1] > 1:
             offset = F.interpolate(offset, size, mode="bilinear", align_corners=False)
         x = deform_conv2d(x, offset, priors.shape_kernel)

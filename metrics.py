@@ -5,9 +5,10 @@ Masks are bool arrays of any dimension, prediction and truth on one grid. Distan
 `spacing`: the mm from one voxel to the next along each axis of the array, or one number for all axes.
 """
 import glob
+import hashlib
 import json
-import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -211,38 +212,36 @@ def print_table(table, title):
 
 
 class Journal:
-    """The rows of an evaluation's cases so far. With a path they are also kept in PATH.*.partial, a line for each case,
-    so that a killed evaluation goes on, on as many processes as one likes. `settings` is one line: what was evaluated
-    otherwise is not gone on with."""
+    """The rows of an evaluation's cases so far, {number of its first image: rows}. With a path they are also kept in
+    PATH.*.partial, a line for each case, so that a killed evaluation goes on, on as many processes as one likes. What
+    was evaluated otherwise, with other `settings`, is not gone on with."""
 
     def __init__(self, path=None, rank=0, settings=""):
-        self.rows, self.done, self.file, self.path, self.settings = [], set(), None, path and Path(path), settings
-        for part in self.parts():
-            # the last line may be torn by a kill; after it, of a machine that went down, there may be anything
-            first, *lines = part.read_text(errors="replace").split("\n")[:-1] or [""]
-            for case in filter(None, map(parse_case, lines if first == settings else ())):
-                if rank == 0 and case["first"] not in self.done:  # the rows are gathered there
-                    self.rows += case["rows"]
-                self.done.add(case["first"])
+        self.path, self.rank, self.file, self.cases = path and Path(path), rank, None, {}
+        self.key = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+        for line in (line for part in self.parts() for line in part.read_text(errors="replace").split("\n")):
+            with suppress(ValueError, TypeError):  # torn by a kill; where a machine went down there may be anything
+                key, first, rows = json.loads(line)
+                if key == self.key:
+                    self.cases[first] = rows if rank == 0 else []  # all are gathered there
 
     def parts(self):
         """The files of all processes, of this start and of earlier ones."""
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*.partial")) if self.path else []
 
     def begin(self):
-        """When every process has read the files: a new one for what this process finds."""
+        """When every process has read the files: opens that of this process."""
         if self.path:
             with writing(self.path):
-                self.file = tempfile.NamedTemporaryFile("w", prefix=f"{self.path.name}.", suffix=".partial",
-                                                        dir=self.path.parent, delete=False)
-                print(self.settings, file=self.file, flush=True)
+                self.file = open(f"{self.path}.{self.rank}.partial", "a")
+                print(file=self.file, flush=True)  # ends a line that is torn
 
     def add(self, first, rows):
         """Of the case that begins with image `first`."""
-        self.rows += rows
+        self.cases[first] = rows
         if self.file:
             with writing(self.path):
-                print(json.dumps(dict(first=first, rows=rows)), file=self.file, flush=True)
+                print(json.dumps([self.key, first, rows]), file=self.file, flush=True)
 
     def remove(self):
         """When the result is written."""
@@ -250,12 +249,3 @@ class Journal:
             self.file.close()
             for part in self.parts():
                 part.unlink(missing_ok=True)
-
-
-def parse_case(line):
-    """A line of a partial file -> {"first": image, "rows": rows}; None if it is damaged."""
-    try:
-        case = json.loads(line)
-        return case if case.keys() >= {"first", "rows"} else None
-    except (ValueError, AttributeError):
-        return None

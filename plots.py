@@ -100,6 +100,24 @@ def curves(rows, path, title):
     save(figure, path)
 
 
+def matrices(panels, path, title, high=1.0):
+    """panels: (title, values [R,C], bool [R,C]: marked with *, names of the rows, names of the columns) -> a PNG of all
+    of them: from 0, white, to `high`, black, with the numbers in the cells; NaN is a dash."""
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", figsize=(
+        sum(1.9 + 0.62 * len(columns) for *_, columns in panels), 2.2 + 0.4 * max(len(panel[3]) for panel in panels)))
+    for axis, (name, values, marked, rows, columns) in zip(axes.flat, panels):
+        axis.imshow(np.nan_to_num(values), cmap="Greys", vmin=0, vmax=high, aspect="auto")
+        for (r, c), value in np.ndenumerate(values):
+            shown = "-" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00") + "*" * bool(marked[r, c])
+            axis.text(c, r, shown, ha="center", va="center", fontsize=8, color="white" if value > high / 2 else "black")
+        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.spines[:].set_visible(True)
+        axis.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One's own image
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from common import ATTRIBUTES, InputError, read_json, read_text
+from common import ATTRIBUTES, InputError, read_json, read_text, write_atomically
 
 HERE = Path(__file__).resolve().parent
 FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
@@ -31,9 +31,9 @@ class Texts:
     data set names the one whose texts it shares. InputError, with the entry to add, for whatever is missing.
     """
 
-    def __init__(self, name, path=None, per_image=None):
+    def __init__(self, name, path=None, per_image=None, entries=None):
         self.name, self.path = name, Path(path or HERE / "attributes.json")
-        entries = read_json(self.path)
+        self.entries = entries = entries or read_entries(name, self.path)
         entry = entries.get(name)
         entry = entries.get(entry) if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
@@ -103,13 +103,10 @@ class Texts:
 
     def __call__(self, target, modality, sample=None, rng=None, number=0):
         """{attribute: text}: each in the wording of this number, or with rng in a random one of those to train with."""
-        if rng is None:
-            return self.choose(target, modality, sample, lambda wordings: wordings[number % len(wordings)])
-
-        def draw(wordings):
+        def pick(wordings):
             trained, _ = split_wordings(wordings)
-            return trained[rng.integers(len(trained))]
-        return self.choose(target, modality, sample, draw)
+            return wordings[number % len(wordings)] if rng is None else trained[rng.integers(len(trained))]
+        return self.choose(target, modality, sample, pick)
 
     def held_out(self, target, modality, k=0, sample=None):
         """{attribute: text}: each in the k-th wording held out; where the list is too short for that, in its second."""
@@ -141,12 +138,33 @@ class Texts:
         """
         found = {}
         for name in self.described:
-            texts = Texts(name, self.path)
+            texts = Texts(name, self.path, entries=self.entries)
             for target in texts.classes:
                 for modality in texts.modalities(target):
                     texts.check([(target, modality)])
                     found.setdefault(target, []).append(partial(texts, target, modality))
         return {name: partial(draw_any, sources) for name, sources in found.items()}
+
+
+def read_entries(name, path):
+    """{data set: its entry} of a file. Those of --dataset folder stand in a file of their own, and attributes.json's
+    are known besides: it may name one of them, and training tells its structures from theirs."""
+    others = read_json(HERE / "attributes.json") if name == "folder" else {}
+    return others | read_json(path)
+
+
+def own_texts(record):
+    """Where a checkpoint's record says that the texts of --dataset folder are; None of other data sets."""
+    return record.get("arguments", {}).get("attributes_file") if record.get("dataset") == "folder" else None
+
+
+def write_form(path, name, classes, drafts):
+    """Writes a file of texts to fill in for the classes of a data set. drafts: {class: {attribute: wordings}}, for a
+    start."""
+    form = {target: drafts.get(target, {kind: [""] for kind in ATTRIBUTES}) for target in classes}
+    write_atomically(path, json.dumps({name: form}, indent=1, ensure_ascii=False).encode())
+    print(f"{path}: a form for the texts of {len(form)} classes; fill in or correct it"
+          + (f" ({listed(drafts)}: drafted from attributes.json)" if drafts else ""))
 
 
 def listed(names, most=8):

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from common import (ATTRIBUTES, InputError, Parser, Signals, Stopped, add_model_flags, add_runtime_flags,
                     leave_group, make_folder, model_options, number, positive_int, run, start_processes, total)
-from data import PROMPTS, Batches, add_data_flags, dataset_options, move, open_dataset
+from data import PROMPTS, Batches, add_data_flags, dataset_options, move, open_dataset, open_texts
 from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
 from losses import PARTS, Objective
 from medsegr import BRANCHES, Config, MedSegR
 from runs import Log, begin, check_disk, fingerprint, init_from, memory_mb, save_checkpoint, save_run, save_training
-from texts import Rephrased, Texts
+from texts import Rephrased
 
 PATIENCE = 20  # steps in a row without a finite gradient end a run
 WINDOW = ("loss", *PARTS)  # what the log has the means of
@@ -75,7 +75,7 @@ def set_up(args, rank, world, device, signals):
     r.val_set = open_dataset(args.dataset, args.data, "val", config.image_size, **dataset_options(args))
     r.val_rows = np.unique(np.linspace(0, len(r.val_set) - 1, args.val_slices).round().astype(int)).tolist()
     r.val_prompt = "none" if args.prompt == "mixed" else args.prompt
-    r.texts = Texts(args.dataset, args.attributes_file, args.texts)
+    r.texts = open_texts(args)
     r.texts.check(train_set.source.pairs)
     if unused := r.texts.unused([train_set.source, r.val_set.source]):
         r.say(unused)

@@ -5,7 +5,7 @@ from collections import deque
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from benches.timing import measure, show
 from common import seeded
@@ -15,18 +15,10 @@ from texts import Texts
 MASKS = 5  # per image: SAM-Med2D's default
 
 
-class Loaded(Dataset):
-    """Item i: an image as a training step wants it, up to MASKS targets, their texts, a box for each."""
-
-    def __init__(self, dataset, texts, images, view):
-        self.dataset, self.texts, self.images, self.view = dataset, texts, images, view
-
-    def __len__(self):
-        return self.images
-
-    def __getitem__(self, i):
-        rng, sample = seeded("bench", i), self.dataset.view(i, self.view, self.texts)
-        return add_prompts(make_batch([sample], self.texts, rng, MASKS, 0.0), "box", rng)
+def load(dataset, texts, view, i):
+    """Image i as a training step wants it, up to MASKS targets, their texts, a box for each."""
+    rng, sample = seeded("bench", i), dataset.view(i, view, texts)
+    return add_prompts(make_batch([sample], texts, rng, MASKS, 0.0), "box", rng)
 
 
 def bench_data(args):
@@ -37,8 +29,9 @@ def bench_data(args):
     images, rows = min(args.images, len(dataset)), []
     for workers in (0, *(w for w in (1, 2, 4) if w <= 2 * os.cpu_count())):
         # the first pass, which warms up, also starts the workers; a deque of length 0 keeps nothing
-        ms, _ = measure({name: partial(deque, DataLoader(Loaded(dataset, texts, images, view), batch_size=None,
-                                                         num_workers=workers, persistent_workers=workers > 0), maxlen=0)
-                         for view, name in enumerate(("as they are", "varied"))}, args, slow=120)
+        ms, _ = measure({name: partial(deque, DataLoader(
+            range(images), batch_size=None, collate_fn=partial(load, dataset, texts, view), num_workers=workers,
+            persistent_workers=workers > 0), maxlen=0) for view, name in enumerate(("as they are", "varied"))},
+            args, slow=120)
         rows.append(dict(workers=workers) | {name: 1000 * images / t for name, t in ms.items()})
     return show(f"{args.dataset}, images a second", rows)

@@ -1,10 +1,8 @@
-"""Times of what takes turns, tables of them, and the memory of what has a process of its own."""
-import re
+"""Times of what takes turns, tables of them, and what has a process of its own."""
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -62,10 +60,3 @@ def in_a_process(f, *args, **options):
     """f(...) in a fresh process, so that its memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(f, *args, **options).result()
-
-
-def peak_mb(device):
-    """The most memory that this process held, in MB: of a GPU, or resident (getrusage would begin at the parent's)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3

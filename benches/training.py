@@ -1,22 +1,21 @@
 """bench.py model: a training step and a decode, with the compiled operators and with ops/reference.py.
-bench.py train: a training step on cached features, without a cache, the naive way, and SAM-Med2D's."""
-import json
+bench.py train: a training step on cached features, without a cache, and the naive way."""
 import statistics
-import subprocess
-import sys
 from functools import partial
+from unittest import mock
 
 import torch
 
 import encoders
 import medsegr
 import ops
-from benches.timing import in_a_process, measure, peak_mb, show, timed
-from common import LIGHT, InputError
+from benches.timing import in_a_process, measure, show, timed
+from common import LIGHT
 from data import Batch
 from inference import autocast
 from losses import Objective, segmentation_loss
 from readers.synapse import ORGANS
+from runs import memory_mb
 from texts import Texts
 
 TEXTS = [Texts("demo")(name, "ct") for name in ORGANS]
@@ -63,53 +62,51 @@ def bench_model(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# bench.py train: each in a process of its own, one after the other
+# bench.py train: each way in a process of its own, one after the other
 
 def bench_train(args):
     tables = {}
     for backbone in args.backbones:
-        ours = partial(in_a_process, steps, args, backbone)
-        tables |= show_steps(f"{backbone}, one round of prompts", args, {
-            "naive: each target encoded, SAM's attention": partial(ours, cached=False, naive=True),
-            "encoded in every step": partial(ours, cached=False), "cached features": ours})
-    if args.peer:
-        ours = partial(in_a_process, steps, args, "vit_b", size=256)
-        tables |= show_steps("vit_b at 256 x 256, nine rounds of prompts", args, {
-            "SAM-Med2D": partial(peer_steps, args, 256),
-            "encoded in every step": partial(ours, rounds=9, cached=False),
-            "cached features": partial(ours, rounds=9), "cached features, one round": ours})
+        rows = []
+        for name, way in WAYS.items():
+            times, memory = in_a_process(way, args, backbone)
+            rows.append({"": name, "s a step": statistics.median(times), "memory, MB": memory})
+            rows[-1]["ratio"] = rows[0]["s a step"] / rows[-1]["s a step"]  # the naive one's time over this one's
+        tables |= show(f"{backbone}, {args.batch_size} images with {args.targets} targets each", rows)
     return tables
 
 
-def show_steps(title, args, functions):
-    """{name: function -> seconds of steps, MB} -> {title: rows}; ratio: the first one's time over the row's."""
-    rows = []
-    for name, measured in functions.items():
-        times, memory = measured()
-        rows.append({"": name, "s a step": statistics.median(times), "memory, MB": memory})
-        rows[-1]["ratio"] = rows[0]["s a step"] / rows[-1]["s a step"]
-    return show(f"{title}, {args.batch_size} images with {args.targets} targets each", rows)
+def packages_tiny_vit(encoder, x):
+    """LiteMedSAM's image encoder by its package's own forward, [B,3,S,S] -> [B,256,S/4,S/4]."""
+    x = encoder.patch_embed(x.contiguous(memory_format=torch.channels_last))
+    grid = x.shape[-1] // 4
+    for layer in encoder.layers:
+        x = layer(x)
+    return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid))).contiguous()
 
 
-def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
+def naive_steps(args, backbone):
+    """steps() with every target's image encoded for itself, by the packages' own code."""
+    with (mock.patch.object(encoders, "ViTAttention", lambda attention: attention),
+          mock.patch.object(medsegr, "tiny_vit", packages_tiny_vit)):
+        return steps(args, backbone, cached=False, naive=True)
+
+
+def steps(args, backbone, cached=True, naive=False):
     """Trains on random images of random structures -> seconds of each step, MB at most (a GPU's, or resident)."""
     device, B, T = torch.device(args.device), args.batch_size, args.targets
     torch.manual_seed(0)
     weights = None if backbone == "lite_medsam" else "random"  # as fast as SAM's
-    if naive:  # the packages' own attention stays in place of ours; this process does nothing else
-        encoders.ViTAttention = encoders.WindowAttention = lambda attention: attention
-    model = medsegr.MedSegR(medsegr.Config(backbone, weights, "minilm", image_size=size)).to(device)
+    model = medsegr.MedSegR(medsegr.Config(backbone, weights, "minilm")).to(device)
     S, index = model.config.image_size, torch.arange(B * T) // T
-    boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]]).repeat(B * T, 1) * S
     batch = Batch(torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8), index, torch.zeros(B * T, S, S).bool(),
-                  [TEXTS[m % len(TEXTS)] for m in range(B * T)], [], boxes=boxes,
-                  clicks=torch.rand(B * T, 8, 9)).to(device)
+                  [TEXTS[m % len(TEXTS)] for m in range(B * T)], [],
+                  boxes=torch.tensor([[0.2, 0.3, 0.6, 0.7]]).repeat(B * T, 1) * S).to(device)
     batch.masks[:, int(0.3 * S):int(0.7 * S), int(0.2 * S):int(0.6 * S)] = True
     if naive:
         batch.images, batch.index = batch.images[batch.index], torch.arange(B * T, device=device)
     objective = Objective(model, (20.0, 1.0, 1.0), 0.0, 0.0)
     optimizer = torch.optim.AdamW(model.trained().values(), lr=1e-4)
-    clicks = (1, 3, 5, 9, 3, 0, 5, 0)[:rounds - 1]
 
     def encode(part):
         return torch.cat([model.encode_image(images) for images in batch.images.split(part)])
@@ -119,62 +116,15 @@ def steps(args, backbone, size=None, rounds=1, cached=True, naive=False):
     def step():
         with autocast(device, args.dtype):
             features = stored.float() if cached else encode(1 if device.type == "cpu" else 16)  # as the cache encodes
-            loss, _ = objective(batch, features, B * T, B, clicks)
+            loss, _ = objective(batch, features, B * T, B)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
 
     timed(step)
-    return [timed(step) for _ in range(args.repeats)], peak_mb(device)
+    return [timed(step) for _ in range(args.repeats)], memory_mb(device)
 
 
-# run in the folder of SAM-Med2D, whose modules have names that ours have too
-PEER = """
-import json, sys, time, types
-from argparse import Namespace
-apex = types.ModuleType("apex")
-apex.amp = None
-sys.modules["apex"] = apex  # needed for mixed precision alone
-import torch
-import train
-
-class Quiet(list):
-    def set_postfix(self, **kwargs):
-        pass
-
-train.tqdm = Quiet
-B, T, S, device, repeats = json.loads(sys.argv[1])
-torch.manual_seed(0)
-args = Namespace(image_size=S, sam_checkpoint=None, encoder_adapter=True, device=device, mask_num=T, use_amp=False,
-                 multimask=True, metrics=["iou", "dice"], iter_point=8, point_list=[1, 3, 5, 9], work_dir=".",
-                 run_name="")
-model = train.sam_model_registry["vit_b"](args).to(device)
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-label = torch.zeros(B, T, 1, S, S)
-label[..., int(0.3 * S):int(0.7 * S), int(0.2 * S):int(0.6 * S)] = 1
-times = []
-for _ in range(1 + repeats):
-    loader = [dict(image=torch.randn(B, 1, 3, S, S), label=label.clone(),
-                   boxes=torch.tensor([0.2, 0.3, 0.6, 0.7]).repeat(B, T, 1, 1) * S,
-                   point_coords=torch.full((B, T, 1, 2), 0.45 * S), point_labels=torch.ones(B, T, 1, dtype=torch.int))]
-    started = time.perf_counter()
-    train.train_one_epoch(args, model, optimizer, loader, 0, train.FocalDiceloss_IoULoss())
-    if device == "cuda":
-        torch.cuda.synchronize()
-    times.append(time.perf_counter() - started)
-peak = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else int(
-    open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
-print(json.dumps([times[1:], peak]))
-"""
-
-
-def peer_steps(args, size):
-    """SAM-Med2D's own train_one_epoch on one batch, with its adapters and its nine optimiser steps."""
-    settings = json.dumps([args.batch_size, args.targets, size, args.device, args.repeats])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEER, settings], cwd=args.peer, text=True,
-                          capture_output=True)
-    if done.returncode:
-        raise InputError(f"--peer {args.peer}: its training step failed ({done.stderr.strip()[-200:]}); it needs "
-                         "opencv-python-headless, albumentations and scikit-image")
-    return json.loads(done.stdout.splitlines()[-1])
+WAYS = {"naive: each target encoded, the packages' own code": naive_steps,
+        "encoded in every step": partial(steps, cached=False), "cached features": steps}

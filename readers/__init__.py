@@ -1,8 +1,9 @@
 """The data sets, as their owners publish them: a file each, whose class lists the images and reads one at a time.
 
     synapse, kits19, kvasir, sa_med2d, demo     the data sets
+    folder                                      one's own
     pictures                                    what they share: the RawSample, splits, picture files
-    volumes, dicom                              NIfTI, both ways, and DICOM
+    volumes, dicom, dicom_seg                   NIfTI, both ways; DICOM; label maps as DICOM
     prepare, check                              data.py prepare, data.py stats
 
 Files are all that is known here: nothing of texts, prompts or the model. The classes have the same few names, so that

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from common import InputError, make_folder, write_atomically
+from common import ATTRIBUTES, InputError, make_folder, write_atomically
 from metrics import SMALL, overlap_rate
 from readers.pictures import SPLITS
 
@@ -85,7 +85,8 @@ def count(records, name, seen):
 def stats(args, open_split, open_texts):
     """`data.py stats`: prints the tables and what is wrong -> 0, or 1 if anything is.
 
-    open_split("train") -> the Dataset of a split, open_texts() -> its Texts; InputError for what is wrong with them.
+    open_split("train") -> the Dataset of a split, open_texts(its source) -> its Texts; InputError for what is wrong
+    with them.
     """
     for path in (args.json, args.sheet):
         if path:
@@ -102,10 +103,11 @@ def stats(args, open_split, open_texts):
         if (dataset := tried(open_split, split)) is None:
             continue
         if not splits:
-            texts = open_texts()
+            texts = open_texts(dataset.source)
             wrong += getattr(dataset.source, "problems", ())
-            for pair in dataset.source.pairs:
-                tried(texts.check, [pair])
+            for pair in dataset.source.pairs if not texts.images else ():
+                for kind in ATTRIBUTES:
+                    tried(texts.wordings, *pair, kind)
         loader = torch.utils.data.DataLoader(Records(dataset), batch_size=None, num_workers=args.workers)
         bar = tqdm(loader, f"reading {split}", unit="image", mininterval=1)
         splits[split], found, rows = count(bar, split, seen)

@@ -307,6 +307,7 @@ def read_image(one, window, modality):
 def read_volume(path, slices, affine, window, modality):
     """Slices in order -> (uint8 [D,H,W], upright, Grid, window)."""
     grid = make_grid(path, affine, (*slices[0].shape[::-1], len(slices)))
+    grid.slices = tuple(slices)
     files = {file: read_pixels(s) for file, s in {s.path: s for s in slices}.items()}
     sample = [some(values_of(s, files[s.path][s.frame]), np.prod(grid.shape)) for s in slices]
     window = choose_window(window, modality, np.concatenate(sample), path, slices[0].modality)

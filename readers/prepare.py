@@ -9,6 +9,7 @@ the literature, and the last line says so.
 import json
 import re
 from pathlib import Path
+from zipfile import BadZipFile
 
 import h5py
 import numpy as np
@@ -56,7 +57,7 @@ def read_pair(image, label):
     return image, label
 
 
-def read_image(grid, window, dtype):
+def read_image(grid, window, dtype, remedy="take the challenge's file, not a rescaled one"):
     """-> [D,H,W]: HU clipped to `window` and scaled to [0, 1] for np.float32, to whole numbers 0..255 for np.uint8."""
     image, sample = np.empty(grid.shape, dtype), []
     for part, slab in slabs(grid, image):
@@ -67,11 +68,11 @@ def read_image(grid, window, dtype):
     sample = np.concatenate(sample)
     if not are_hu(sample):
         raise InputError(f"{grid.path}: its values run from {sample.min():g} to {sample.max():g}, but they are not HU "
-                         "(air -1000, fat -100, soft tissue 0 to 100); take the challenge's file, not a rescaled one")
+                         f"(air -1000, fat -100, soft tissue 0 to 100); {remedy}")
     return image
 
 
-def read_label(grid, table):
+def read_label(grid, table, remedy="take the challenge's own file"):
     """-> uint8 [D,H,W]: table[id] for every voxel; `table` uint8 [ids]. Ids that a tool has stored with a scale factor,
     5.98 for 6, are rounded; ids that were interpolated lie anywhere between whole numbers, and are an InputError."""
     label = np.empty(grid.shape, np.uint8)
@@ -79,8 +80,7 @@ def read_label(grid, table):
         ids = np.clip(np.rint(slab), 0, len(table) - 1)
         wrong = ~(np.abs(slab - ids) < 0.05)  # finds NaN as well
         if wrong.any():
-            raise InputError(f"{grid.path}: label {slab[wrong][0]} is not one of the challenge's ids, "
-                             f"0..{len(table) - 1}; take its own file")
+            raise InputError(f"{grid.path}: label {slab[wrong][0]} is not one of the ids 0..{len(table) - 1}; {remedy}")
         part[...] = table[ids.astype(np.uint8)]
     return label
 
@@ -108,14 +108,14 @@ def tilted(cases):
 # Synapse (BTCV)
 
 def synapse(raw, out):
-    """A case is complete when its files are there and spacing.json, which is written after them, has its spacing."""
+    """A case is complete when its files are there, of its shape, and spacing.json, written last, has its spacing."""
     cases = {f"case{number}": read_pair(*paths) for number, paths in synapse_pairs(raw).items()}
     if not (out / "spacing.json").is_file() and any((out / folder).exists() for folder in ("train_npz", "test_vol_h5")):
         raise InputError(f"{out}: holds slices without our spacing.json, so they come from elsewhere; choose another "
                          "place with --out, or move them away")
     spacing = read_record(out / "spacing.json")
     todo = [case for case, (image, _) in cases.items()
-            if spacing.get(case) != image.spacing or synapse_found(out, case) != synapse_files(out, case, image)]
+            if spacing.get(case) != image.spacing or not synapse_complete(out, case, image)]
     make_folder(out)
     spacing = {case: mm for case, mm in spacing.items() if case not in todo}
     record_synapse(out, spacing)
@@ -154,9 +154,16 @@ def synapse_files(out, case, grid):
     return [out / f"train_npz/{case}_slice{i:03d}.npz" for i in range(grid.shape[0])]
 
 
-def synapse_found(out, case):
-    """Those that are there."""
-    return sorted([*out.glob(f"test_vol_h5/{case}.npy.h5"), *out.glob(f"train_npz/{case}_slice*.npz")])
+def synapse_complete(out, case, grid):
+    """Whether just these are there, and hold a volume of this shape: files appear whole, so the first speaks for all."""
+    paths, test = synapse_files(out, case, grid), case[4:] in TEST_CASES
+    if sorted([*out.glob(f"test_vol_h5/{case}.npy.h5"), *out.glob(f"train_npz/{case}_slice*.npz")]) != paths:
+        return False
+    try:
+        with h5py.File(paths[0]) if test else np.load(paths[0]) as first:
+            return first["image"].shape == grid.shape[0 if test else 1:]
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return False
 
 
 def write_synapse(out, case, image, label):

@@ -48,6 +48,7 @@ class Grid:
     spacing: list  # mm
     tilt: float  # degrees, between the stored axes and the patient's
     header: nib.Nifti1Header | None  # of a NIfTI file
+    slices: tuple = ()  # of a DICOM series: the Slice of each step along the third stored axis
 
 
 def make_grid(path, affine, shape, header=None):

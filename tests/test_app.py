@@ -245,7 +245,7 @@ def test_a_whole_volume(small, tmp_path, monkeypatch):
     boxed = app.drag(app.NOTHING, "0 0 3 4")
     clicks = {1: boxed, 2: app.NOTHING, 3: app.click(app.NOTHING, app.CLICKS[0], 2, 2)}
     label, said, file = app.find_all(small, scan, app.USUAL, clicks, "", texts)
-    truth = predict_volume(small, read_nifti(path, None, "ct")[0], asked, progress=False)
+    truth, _ = predict_volume(small, read_nifti(path, None, "ct")[0], asked, progress=False)
     for z in range(len(label)):
         if z in (1, 3):
             mask, _, _ = app.find(small, scan, z, app.USUAL, clicks[z], "", texts, False)
@@ -426,6 +426,7 @@ def test_a_volume(page, tmp_path):
     one = press_find(page, "pixels")
     page.wait_for_selector("#mask img", timeout=60_000)
     page.click("#whole")
+    page.wait_for_selector("#mask >> text=predicting", timeout=60_000)
     page.wait_for_selector("#label", timeout=120_000)
     page.wait_for_function("document.querySelector('#said').innerText.includes('of 5 slices')", timeout=60_000)
     with page.expect_download() as waiting:

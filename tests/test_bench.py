@@ -1,16 +1,20 @@
 """The benchmark: its peers compute what the operators do, and its output and errors are usable."""
 import json
 import math
+import os
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
+from segment_anything import sam_model_registry
+from segment_anything.build_sam import _build_sam
 
 import bench
+import encoders
 import medsegr
-from benches import operators, timing
+from benches import operators, speed, timing, training
 from common import InputError
 from conftest import ROOT
 from ops import reference
@@ -93,6 +97,41 @@ def test_model(tmp_path, monkeypatch, capsys):
         assert row["ratio"] > 0 and row["largest difference"] < 1e-3 * row["of"]
 
 
+def test_train(tmp_path, monkeypatch, capsys):
+    """In this process, where the model is small; the naive way leaves the package's attention to no other model."""
+    monkeypatch.setattr(medsegr, "Config", partial(medsegr.Config, image_size=64, feature_grid=8))
+    monkeypatch.setattr(training, "in_a_process", lambda f, *args, **options: f(*args, **options))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "train", "--backbones", "lite_medsam", "--batch-size", "2",
+                                      "--targets", "3", "--repeats", "2", "--device", "cpu",
+                                      "--json", str(tmp_path / "train.json")])
+    before = encoders.ViTAttention, medsegr.tiny_vit
+    bench.main()
+    rows, = json.loads((tmp_path / "train.json").read_text())["tables"].values()
+    assert [row[""] for row in rows] == list(training.WAYS) and "2 images with 3 targets" in capsys.readouterr().out
+    assert (encoders.ViTAttention, medsegr.tiny_vit) == before and rows[0]["ratio"] == 1
+    for row in rows:
+        assert row["s a step"] * row["ratio"] == pytest.approx(rows[0]["s a step"]) and row["memory, MB"] > 100
+
+
+def test_in_a_process():
+    assert timing.in_a_process(os.getpid) != os.getpid()
+
+
+def test_speed(tmp_path, monkeypatch, capsys):
+    """Every row, with image encoders of one block and one text encoder; SAM's own stays at 1024 x 1024."""
+    tiny = partial(_build_sam, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=1,
+                   encoder_global_attn_indexes=[0])
+    monkeypatch.setitem(sam_model_registry, "vit_b", tiny)
+    monkeypatch.setattr(speed, "Config", lambda **row: medsegr.Config(**row | dict(clip="minilm", image_size=64)))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "speed", "--batches", "2", "--repeats", "1", "--device", "cpu",
+                                      "--json", str(tmp_path / "speed.json")])
+    bench.main()
+    ours, paper = json.loads((tmp_path / "speed.json").read_text())["tables"].values()
+    assert [row[""] for row in ours] == list(speed.ROWS) and paper[-1]["images/s"] == 48
+    assert all(row["tuned, M"] > 0 and row["images/s, batch 2"] > 0 for row in ours)
+    assert "compare the ratios" in capsys.readouterr().out
+
+
 def test_data(tmp_path):
     run = script("data", "demo", "--images", 3, "--image-size", 64, "--repeats", 1, "--json", tmp_path / "data.json")
     assert run.returncode == 0, run.stderr
@@ -110,7 +149,7 @@ def test_eval_beside_medpy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["train", "--peer", "nowhere"], "--peer nowhere"), (["data", "moon"], "moon"), (["eval", "kvasir"], "kvasir"),
+    (["train", "--peer", "nowhere"], "--peer"), (["data", "moon"], "moon"), (["eval", "kvasir"], "kvasir"),
     (["ops", "--grids", "0"], "--grids 0"), (["ops", "--dtype", "fp8"], "--dtype"), (["pace"], "pace"),
     (["model", "--grids", "4"], "--grids"), (["ops", "--json", "/proc/x/y.json"], "/proc/x"), ([], "command"),
     pytest.param(["ops", "--device", "cuda"], "--device cuda",

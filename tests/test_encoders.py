@@ -209,6 +209,34 @@ def test_encodings_are_those_of_this_version(backbone):
     assert encoders.ENCODING_VERSION == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("S", [32, 60, 96])  # windows of 7 and 14: 60 / 4 fills whole ones of neither
+def test_tiny_vit_is_the_packages_own(S, monkeypatch):
+    """Its modules one after the other, as their own forward has them, in float32 to rounding: with GELU in oneDNN's
+    products and, as on other processors, without; of a batch as of its images; in bfloat16 no worse than its own."""
+    model = MedSegR(Config(backbone="lite_medsam", branches=("sam",), image_size=S)).eval()
+    encoder, grid = model.sam.image_encoder, S // 4
+    x = torch.from_numpy(seeded(S).random((2, 3, S, S), np.float32))
+
+    def own(x):
+        x = encoder.patch_embed(x)
+        for layer in encoder.layers:
+            x = layer(x)
+        return encoder.neck(x.transpose(1, 2).unflatten(2, (grid, grid)))
+
+    near = lambda a, b: (a.float() - b).norm() / b.norm()
+    expected, found = own(x), encoders.tiny_vit(encoder, x)
+    assert near(found, expected) < 1e-5 and found.is_contiguous()
+    assert near(encoders.tiny_vit(encoder, x[1:]), expected[1:]) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        lower, own_lower = encoders.tiny_vit(encoder, x), own(x)
+    assert near(lower, expected) < 1.2 * near(own_lower, expected)
+    monkeypatch.setattr(encoders, "fusing", lambda: False)
+    assert near(encoders.tiny_vit(encoder, x), expected) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert near(encoders.tiny_vit(encoder, x), expected) < 1.2 * near(own_lower, expected)
+
+
 def test_key_knows_what_the_features_depend_on():
     keys = [MedSegR(Config(**LIGHT, branches=("sam",), **c)).features_key() for c in (
         dict(image_size=64), dict(image_size=96), dict(image_size=64, normalize="sam"),

@@ -105,18 +105,18 @@ def test_a_killed_evaluation_goes_on(tmp_path):
         journal.begin()
         try:  # what evaluate() does on one rank
             for images in evaluation.cases_of(dataset)[rank::world]:
-                if images[0] not in journal.done:
+                if images[0] not in journal.cases:
                     journal.add(images[0], evaluation.evaluate_case(predictor, dataset, images))
         except KeyboardInterrupt:
-            journal.file.write('{"first": 8, "ro')
+            journal.file.write(f'["{journal.key}", 8, [{{"ro')
         journal.file.close()
         asked += 1
     journal = evaluation.Journal(path, 0, "these settings")
-    assert journal.done == set(range(9))
+    assert journal.cases.keys() == set(range(9))
     again = evaluation.evaluate(Noise(), dataset, journal, progress=False)
     for scores, expected in zip(again, whole):
         pd.testing.assert_frame_equal(scores, expected)
-    assert evaluation.Journal(path, 0, "other settings").done == set()
+    assert not evaluation.Journal(path, 0, "other settings").cases
     journal.remove()
     assert not list(tmp_path.glob("*.partial"))
 

@@ -25,6 +25,7 @@ MAY = {
     "losses": ("common", "data"),
     "inference": ("common", "readers", "texts", "data", "encoders", "medsegr"),
     "runs": ("common", "medsegr", "encoders", "plots"),
+    "export": ("common", "data", "texts", "ops", "medsegr", "inference", "runs"),  # a command, and what runs its files
 }
 BY_A_FLAG = {("eval", "paper"), ("bench", "benches")}  # a command's own flag imports a wing, within a function
 

@@ -2,8 +2,10 @@
 import numpy as np
 import torch
 
+import inference
 from data import box_prompt, open_dataset, to_original
-from inference import Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image, wordings
+from inference import (Answer, Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
+                       predict_volume, wordings)
 from readers.synapse import ORGANS
 from texts import Texts
 
@@ -80,6 +82,28 @@ def test_answers_are_those_of_the_evaluation(model):
         assert np.array_equal(again.probability, answer.probability)
 
 
+def test_slices_in_batches(model, monkeypatch):
+    """Batches give what single slices give; the expected IoU is the mean over slices, weighted by what was found."""
+    def decode(self, *args, f=type(model[0]).decode, **options):
+        logits, *rest = f(self, *args, **options)
+        return logits - logits.flatten(1).median(1).values[:, None, None], *rest  # so that there is something to find
+
+    monkeypatch.setattr(type(model[0]), "decode", decode)
+    model, volume = model[0], np.random.default_rng(0).integers(0, 255, (5, 40, 56), dtype=np.uint8)
+    other = dict(position="below", texture="dark", shape="long")
+    texts = [[TEXT, other], [other]]
+    label, iou = predict_volume(model, volume, texts, progress=False)
+    for batch in (2, 5):
+        again, also = predict_volume(model, volume, texts, batch=batch, progress=False)
+        assert (again != label).mean() < 1e-3 and np.allclose(also, iou, atol=1e-3, equal_nan=True)
+    each = [predict_image(model, np.repeat(image[..., None], 3, 2), texts) for image in volume]
+    for t in (0, 1):
+        voxels = (label == t + 1).sum((1, 2))
+        mean = np.average([answer.iou[t] for answer in each], weights=voxels) if voxels.any() else np.nan
+        assert np.isclose(iou[t], mean, atol=1e-3, equal_nan=True)
+    assert {0, 1, 2} == set(np.unique(label))
+
+
 def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
     """On a 128 x 192 image of a 64 x 64 model: a pixel's centre stays the centre of what it covers."""
     seen = {}
@@ -90,6 +114,57 @@ def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
     assert seen["points"][0].tolist() == [[[31.5, 31.5]]] and seen["points"][1].tolist() == [[1]]
     np.testing.assert_allclose(seen["boxes"].numpy(), [[-1 / 3, -0.25, 63 + 1 / 3, 63.25]], atol=1e-5)
     assert answer.probability.shape == (1, 128, 192) and (answer.probability == 0.5).all()
+
+
+def test_slices_of_air_have_no_answer(model, monkeypatch):
+    """Slices that are black all over are not looked at, whatever the model would say; the others are, as before."""
+    volume = np.random.default_rng(0).integers(0, 255, (6, 20, 24), dtype=np.uint8)
+    volume[0], volume[4:] = 0, 0
+    volume[4, 3, 5] = 1  # nearly black is not black
+    asked, S = [], model[0].config.image_size
+    everywhere = Answer(torch.ones(1, S, S), (S, S), torch.tensor([0.75]), None, {}, None)
+    monkeypatch.setattr(inference, "encode_images", lambda model, images: asked.extend(images))
+    monkeypatch.setattr(inference, "decode_targets", lambda *a, **k: everywhere)
+    label, iou = inference.predict_volume(model[0], volume, [TEXT], progress=False)
+    assert label.any((1, 2)).tolist() == [False, True, True, True, True, False] and iou == [0.75]
+    assert [image[..., 0].tolist() for image in asked] == volume[1:5].tolist()
+    assert not inference.predict_volume(model[0], volume[:1], [TEXT], progress=False)[0].any()
+
+
+def test_what_the_model_expects_to_be_bad_is_dropped(model, monkeypatch):
+    """In every slice the targets below min_iou, and these alone, whatever their logits; the answer keeps its logits."""
+    rng, S = np.random.default_rng(0), model[0].config.image_size
+    volume = rng.integers(1, 255, (5, S, S), dtype=np.uint8)
+    grids, ious = torch.from_numpy(rng.normal(size=(5, 3, S, S))).float(), torch.from_numpy(rng.random((5, 3))).float()
+    found = iter([Answer(grid, (S, S), iou, None, {}, None) for grid, iou in zip(grids, ious)] * 2)
+    monkeypatch.setattr(inference, "decode_targets", lambda *a, **k: next(found))
+    every, _ = inference.predict_volume(model[0], volume, 3 * [TEXT], progress=False)
+    some, _ = inference.predict_volume(model[0], volume, 3 * [TEXT], progress=False, min_iou=0.5)
+    for z, (grid, iou) in enumerate(zip(grids, ious)):
+        assert np.array_equal(every[z], merge_label_map(grid, [1, 2, 3]))
+        sure = [n for n in range(3) if iou[n] >= 0.5]
+        assert np.array_equal(some[z], merge_label_map(grid[sure], [n + 1 for n in sure]))
+        answer = Answer(grid, (S, S), iou, None, {}, None, 0.5)
+        assert answer.masks.any((1, 2)).tolist() == [n in sure for n in range(3)] and answer.logits is not None
+        assert torch.equal(answer.logits, grid) and Answer(*answer[:-1]).masks.any((1, 2)).all()
+
+
+def test_the_faster_precision_is_taken_and_said(model, monkeypatch, capsys):
+    model, speed, clock, seen = model[0], {}, [0.0], []
+
+    def encode(images):
+        kind = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
+        seen.append(kind)
+        clock[0] += speed[kind]
+
+    monkeypatch.setattr(model, "encode_image", encode)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
+    for speed["float32"], speed["bfloat16"], faster in ((0.9, 0.4, "bfloat16"), (0.8, 1.1, "float32")):
+        assert inference.choose_precision(model) == faster and sorted(seen) == ["bfloat16", "float32"]
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and f"precision {faster}" in said and f"{speed['float32']} s in float32" in said
+        seen.clear()
+    assert inference.choose_precision(model, "float16") == "float16" and not seen and not capsys.readouterr().out
 
 
 def test_a_text_removed_is_a_text_emptied(model):

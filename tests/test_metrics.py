@@ -357,9 +357,9 @@ def test_partial_files_of_any_name(tmp_path):
         journal.add(3, [dict(dice=1.0)])
         journal.file.close()
         part, = journal.parts()
-        part.write_text(part.read_text() + "\0\0\n3\n{}\n")
+        part.write_text(part.read_text() + "\0\0\n3\n{}\n" + f'["{journal.key}", [], []]\n')
         again = Journal(tmp_path / name, settings="{}")
-        assert again.done == {3} and again.rows == [dict(dice=1.0)]
+        assert again.cases == {3: [dict(dice=1.0)]} and Journal(tmp_path / name, 1, "{}").cases == {3: []}
         again.file = open("/dev/full", "w")
         fails(lambda: again.add(4, []), name.strip("*"), "No space left")
         again.file = part.open()

@@ -1,22 +1,31 @@
 """Prediction on one's own files: images, volumes and explanations, on the input's own grid, and bad input."""
+import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from itertools import permutations, product
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import inference
 import plots
 import predict
 from common import ATTRIBUTES, LIGHT, InputError
-from conftest import fails
+from conftest import ROOT, fails
 from inference import explain
-from medsegr import Config, MedSegR
+from medsegr import Config, MedSegR, Priors
+from readers.dicom import read_dicom
 from runs import save_checkpoint
 from test_dicom import HU, dataset, save, series
 from test_volumes import volume_file
+from texts import Texts
 
 TEXT = dict(position="on the left", texture="bright", shape="round")
 
@@ -34,8 +43,8 @@ def test_an_image(model, tmp_path, monkeypatch, capsys):
     command(monkeypatch, model[1], tmp_path / "x.png", "--target", "liver", "--target", "left kidney", "--explain",
             "--out", tmp_path / "o", "--box", 3, 4, 30, 40, "--box", 40, 4, 70, 40)
     files = {f.name for f in (tmp_path / "o").iterdir()}
-    assert files == {"x-input.json", "x-liver.png", "x-left_kidney.png", "x-overlay.png", "x-liver-explained.png",
-                     "x-left_kidney-explained.png"}
+    assert files == {"volumes.csv", "x-input.json", "x-liver.png", "x-left_kidney.png", "x-overlay.png",
+                     "x-liver-explained.png", "x-left_kidney-explained.png"}
     assert Image.open(tmp_path / "o/x-liver.png").size == (80, 48)
     assert set(np.unique(np.asarray(Image.open(tmp_path / "o/x-liver.png")))) <= {0, 255}
     out = capsys.readouterr().out
@@ -74,7 +83,7 @@ def test_a_volume(model, tmp_path, monkeypatch, capsys):
     label = nib.load(tmp_path / "o/v-label.nii.gz")
     assert label.shape == stored.shape and np.allclose(label.affine, nib.load(tmp_path / "v.nii.gz").affine)
     assert json.loads((tmp_path / "o/v-labels.json").read_text()) == {"1": "target"}
-    assert "5 slices" in capsys.readouterr().out and (tmp_path / "o/v-overlay.png").is_file()
+    assert "6 coronal slices" in capsys.readouterr().out and (tmp_path / "o/v-overlay.png").is_file()
     command(monkeypatch, model[1], tmp_path / "v.nii.gz", *free, "--slice", 2, "--point", 1, 1, "--point", 2, 2, 0,
             "--out", tmp_path / "p")
     assert (tmp_path / "p/v-slice002-target.png").is_file()
@@ -102,7 +111,7 @@ def test_inputs_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save("x.png")
     volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)
     (tmp_path / "cut.nii").write_bytes((tmp_path / "v.nii").read_bytes()[:-9])
-    for flags, named in (("x.png v.nii cut.nii", "cut.nii"), ("v.nii --window 275 -125", "--window 275 -125"),
+    for flags, named in (("cut.nii", "cut.nii"), ("v.nii --window 275 -125", "--window 275 -125"),
                          ("v.nii --window nan 3", "--window"), ("x.png --window 0 3", "--window"),
                          ("x.png --series 3", "--series 3"), ("v.nii --series 3", "--series 3"),
                          ("x.png --box 1 2 300 4", "--box"), ("v.nii --slice 2 --box 1 2 300 4", "--box")):
@@ -116,11 +125,11 @@ def test_switches_of_a_volume(model, tmp_path, monkeypatch):
     volume_file(tmp_path / "v.nii.gz", (0, 1, 2), (False,) * 3)
     seen = []
 
-    def two_parts(model, volume, texts, precision):
+    def two_parts(model, volume, texts, precision, min_iou):
         seen.append(texts)
         label = np.zeros(volume.shape, np.uint8)
         label[1:3, 1:3, 1], label[5, 6, 4] = 1, 1
-        return label
+        return label, np.ones(1)
 
     monkeypatch.setattr(inference, "predict_volume", two_parts)
     flags = tmp_path / "v.nii.gz", "--target", "liver", "--out", tmp_path
@@ -142,7 +151,7 @@ def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, ca
     save_checkpoint(model[0], "weights/abdomen-ct.safetensors", dataset="synapse")
     predict.main()
     assert {f.name for f in (tmp_path / "o").iterdir()} == {
-        f"{n}-{what}" for n in "ab" for what in ("liver.png", "overlay.png", "input.json")}
+        "volumes.csv", *(f"{n}-{what}" for n in "ab" for what in ("liver.png", "overlay.png", "input.json"))}
     assert f"checkpoint {tmp_path}/weights/abdomen-ct.safetensors: backbone" in capsys.readouterr().out
 
 
@@ -160,7 +169,8 @@ def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, ca
     (["x.png", "--target", "liver", "--mean-wordings", 0], "--mean-wordings"),
     (["x.png", "--target", "liver", "--largest-component"], "--largest-component"),
     (["v.nii", "--target", "liver", "--slice", 1, "--largest-component"], "--largest-component"),
-    (["x.png", "none.nii", "--target", "liver"], "none.nii"),
+    (["x.png", "--target", "liver", "--plane", "coronal"], "--plane"), (["@none.txt", "--target", "liver"], "none.txt"),
+    (["x.png", "v.nii", "--target", "tail"], "tail"),
     (["x.png", "v.nii", "--target", "liver", "--box", 1, 2, 3, 4], "--box"),
     (["x.png", "empty/../x.png", "--target", "liver"], "x.png")])
 def test_bad_input_is_named(flags, named, model, tmp_path, monkeypatch):
@@ -176,6 +186,277 @@ def test_bad_input_is_named(flags, named, model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=named.replace("(", "")) as e:
         command(monkeypatch, model[1], *flags, "--out", tmp_path / "o")
     assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planes
+
+class Threshold:
+    """In place of a model: the mask of any target is where the image exceeds 127."""
+    device, config = torch.device("cpu"), Config(**LIGHT, image_size=8)
+
+    def encode_image(self, images):
+        return images.float()
+
+    def encode_attributes(self, texts, empty=False):
+        return Priors(None, None, None, None, torch.zeros(len(texts), 1))
+
+    def decode(self, features, image, priors, points=None, boxes=None, explain=False):
+        return features[image].mean(1) - 127.5, torch.full((len(image),), 0.75), {}
+
+
+@pytest.fixture
+def threshold(monkeypatch):
+    """threshold(INPUT, *flags) -> the exit status of predict.py with Threshold, without pictures."""
+    def ask(*flags):
+        try:
+            command(monkeypatch, ROOT / "weights/abdomen-ct.safetensors", *flags, "--target", "liver", "--precision",
+                    "float32")
+        except SystemExit as e:
+            return e.code
+        return 0
+
+    monkeypatch.setattr(predict, "load_model", lambda args: predict.make_folder(args.out) or
+                        (Threshold(), Texts("synapse")))
+    monkeypatch.setattr(plots, "contact_sheet", lambda *a, **k: None)
+    return ask
+
+
+@pytest.mark.parametrize("plane", [None, *predict.PLANES])
+def test_labels_lie_on_the_grid_of_the_input_whatever_the_plane(plane, threshold, tmp_path):
+    """Ten of the 48 ways to store a volume, with random values, spacing and angle: the label is the threshold."""
+    rng, ways = np.random.default_rng(0), [*product(permutations(range(3)), product((1, -1), repeat=3))]
+    stored = {}
+    for n in rng.permutation(len(ways))[:10]:
+        (axes, flips), name = ways[n], f"{n}.nii" + ".gz" * (n % 2)
+        affine, angle = np.zeros((4, 4)), rng.uniform(-0.4, 0.4)
+        affine[axes, range(3)] = rng.choice([0.5, 1.0, 3.0], 3) * flips
+        c, s = np.cos(angle), np.sin(angle)
+        affine = np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1]]) @ affine
+        affine[:, 3] = *rng.uniform(-99, 99, 3), 1
+        stored[name] = rng.integers(-1000, 1000, (8, 8, 8)).astype(np.int16)
+        nib.save(nib.Nifti1Image(stored[name], affine), tmp_path / name)
+    flags = ("--plane", plane) if plane else ()
+    assert not threshold(tmp_path, "--window", -1000, 1000, "--out", tmp_path / "o", *flags)
+    for name, values in stored.items():
+        image, label = nib.load(tmp_path / name), nib.load(tmp_path / "o" / f"{name.split('.')[0]}-label.nii.gz")
+        assert np.array_equal(np.asarray(label.dataobj), values > -0.4), name
+        assert np.allclose(label.affine, image.affine, atol=1e-4)
+    rows = [*csv.DictReader(open(tmp_path / "o/volumes.csv"))]
+    assert len(rows) == 10
+    for row in rows:
+        name = next(name for name in stored if name.split(".")[0] == row["input"])
+        size = np.prod(nib.load(tmp_path / name).header.get_zooms()) / 1000
+        assert row["target"] == "liver" and int(row["voxels"]) == (stored[name] > -0.4).sum()
+        assert float(row["ml"]) == pytest.approx(int(row["voxels"]) * size, rel=1e-5) and row["expected_iou"] == "0.750"
+
+
+@pytest.mark.parametrize("spacing, shape, plane", [
+    ((3, 1, 1), (9, 9, 9), "axial"), ((0.5, 0.98, 0.98), (9, 9, 9), "axial"), ((1, 4, 1), (9, 9, 9), "coronal"),
+    ((1, 1.2, 4), (9, 9, 9), "sagittal"), ((1, 1, 1.2), (9, 9, 9), "axial"), ((1, 1, 1), (9, 1, 9), "coronal"),
+    ((1, 4, 1), (1, 9, 9), "axial"), ((1, 1, 1), (1, 9, 1), "axial")])
+def test_the_plane_of_best_resolution(spacing, shape, plane):
+    grid = predict.SimpleNamespace(spacing=spacing, shape=shape)
+    ask = lambda **flags: predict.PLANES[predict.plane_of(predict.SimpleNamespace(
+        **dict(plane=None, slice=None, box=None, point=None) | flags), grid)]
+    assert ask() == plane and ask(plane="sagittal") == "sagittal"
+    assert ask(slice=3) == ask(box=[[1, 2, 3, 4]]) == ask(point=[[1, 2]]) == "axial"
+
+
+def test_slices_are_upright():
+    volume = np.arange(3 * 4 * 5).reshape(3, 4, 5)  # z from inferior to superior, y to posterior, x to the left
+    coronal, sagittal = predict.slices_of(volume, 1), predict.slices_of(volume, 2)
+    assert coronal.shape == (4, 3, 5) and sagittal.shape == (5, 3, 4)
+    assert np.array_equal(coronal[1][0], volume[2, 1]) and np.array_equal(sagittal[3][0], volume[2, :, 3])
+    assert predict.slices_of(volume, 0) is volume
+
+
+def test_a_slice_of_another_plane(threshold, tmp_path):
+    volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)  # 5 x 7 x 6: x, y and z
+    ask = lambda *flags: threshold(tmp_path / "v.nii", "--out", tmp_path / "o", *flags)
+    for flags, name, size in (((), "slice004", (5, 7)), (("--plane", "coronal"), "coronal004", (5, 6)),
+                              (("--plane", "sagittal"), "sagittal004", (7, 6))):
+        ask("--slice", 4, *flags)
+        assert Image.open(tmp_path / f"o/v-{name}-liver.png").size == size
+    ask("--slice", 6, "--plane", "coronal")
+    fails(lambda: ask("--slice", 6), "--slice 6", "0 to 5")
+    fails(lambda: ask("--slice", 2, "--plane", "sagittal", "--box", 0, 0, 7, 5), "--box")
+    assert {row["input"] for row in csv.DictReader(open(tmp_path / "o/volumes.csv"))} == {
+        "v-slice004", "v-coronal004", "v-sagittal004", "v-coronal006"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several inputs
+
+@pytest.fixture
+def folder(tmp_path):
+    """20 inputs of all kinds, of which two are broken, and what is none -> the folder, {name: file or series}."""
+    root, inputs = tmp_path / "in", {}
+    rng = np.random.default_rng(0)
+    for path in ("a.png", "b.jpg", "sub/a.png", "sub/deep er/c.bmp"):
+        inputs[path] = gray(root / path)
+    deep = rng.integers(0, 4000, (30, 40)).astype(np.uint16)
+    for path in ("deep.tif", "sub/deep.tiff"):
+        Image.fromarray(deep).save(root / path)
+        inputs[path] = root / path
+    for n, (axes, flips) in enumerate(zip(permutations(range(3)), product((False, True), repeat=3))):
+        path = root / ("sub" if n % 2 else "") / f"v{n}.nii{'.gz' * (n % 3 > 0)}"
+        volume_file(path, axes, flips, oblique=0.1 * n)
+        nib.save(nib.Nifti1Image.from_image(nib.load(path)).slicer[:, :, :2], path)
+        inputs[str(path.relative_to(root))] = path
+    for n in range(6):
+        place = root / "dicom" / f"patient {n % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        inputs[f"dicom/patient {n % 2}/{n}"] = series(place / str(n), HU[:2], start=(n, 2 * n, 3))
+    for path in ("sub/cut.nii.gz", "z.png"):
+        content = (root / "sub/v1.nii.gz" if "nii" in path else root / "a.png").read_bytes()
+        (root / path).write_bytes(content[:len(content) // 2])
+        inputs[path] = root / path
+    assert len(inputs) == 20
+    gray(root / ".hidden.png"), gray(root / ".cache/x.png"), gray(root / "sub/._a.png")
+    (root / "notes.txt").write_text("hello")
+    save(dataset(np.zeros((2, 2), np.uint8), sop="1.2.840.10008.5.1.4.1.1.88.11"), root / "dicom/report")
+    (root / "sub/again").symlink_to(root, target_is_directory=True)
+    names = {predict.name_of(path, root): path for path in inputs.values()}
+    assert {"sub_a", "sub_deep er_c", "dicom_patient 0_2", "v0", "sub_v1"} <= names.keys()
+    return root, names
+
+
+def finished(out):
+    """The names of the inputs whose results are finished."""
+    return {path.name[:-11] for path in out.glob("*-input.json") if b"finished" in path.read_bytes()}
+
+
+def test_a_folder_of_all_kinds_some_broken_and_killed_amid(model, folder, tmp_path, monkeypatch, capsys):
+    (root, names), out, sound = folder, tmp_path / "o", set(folder[1]) - {"sub_cut", "z"}
+    flags = [str(root), "--target", "liver", "--out", str(out)]
+    child = subprocess.Popen([sys.executable, "predict.py", *flags, "--checkpoint", str(model[1])], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(finished(out)) < 8:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    before = finished(out)
+    made = {path: path.stat().st_mtime_ns for path in out.iterdir()
+            if any(path.name.startswith(f"{name}-") for name in before)}
+    assert 8 <= len(before) < 18 and len(made) >= 3 * len(before)
+
+    done, ask = [], lambda: command(monkeypatch, model[1], *flags, "--resume")
+    monkeypatch.setattr(predict, "predict_input", lambda args, model, texts, name, *rest, f=predict.predict_input:
+                        done.append(name) or f(args, model, texts, name, *rest))
+    with pytest.raises(SystemExit) as e:
+        ask()
+    said = capsys.readouterr()
+    assert e.value.code == 1 and set(done) == sound - before and finished(out) == sound
+    assert f"18 of 20 inputs have results in {out}; {len(before)} had them before" in said.out
+    lines = said.err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("predict.py: ") and "copy it again" in line for line in lines)
+    assert sum(str(names[name]) in line for name in ("sub_cut", "z") for line in lines) == 2
+    assert made == {path: path.stat().st_mtime_ns for path in made}  # nothing was done twice
+    assert sorted(row["input"] for row in csv.DictReader(open(out / "volumes.csv"))) == sorted(sound)
+
+    for name in sound:
+        path, label = names[name], out / f"{name}-label.nii.gz"
+        if path.suffix in (".nii", ".gz"):
+            shape, affine = nib.load(path).shape, nib.load(path).affine
+        elif path.is_dir():
+            _, grid, _ = read_dicom(path, None, "ct")
+            shape, affine = (7, 5, 2), grid.affine
+        else:
+            assert Image.open(out / f"{name}-liver.png").size == Image.open(path).size == (40, 30)
+            continue
+        assert nib.load(label).shape == shape and np.allclose(nib.load(label).affine, affine, atol=1e-4)
+
+    monkeypatch.setattr(predict, "load_model", lambda args: pytest.fail("there was nothing to do"))
+    with pytest.raises(SystemExit) as e:
+        ask()
+    assert e.value.code == 1 and len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_what_is_asked_otherwise_is_done_anew(threshold, tmp_path, capsys):
+    def ask(*flags):
+        threshold(tmp_path / "in", "--out", tmp_path / "o", "--resume", *flags)
+        said = capsys.readouterr().out
+        return {name for name in "ab" if f"{name}, liver: " in said}, said
+
+    gray(tmp_path / "in/a.png"), gray(tmp_path / "in/b.png")
+    assert ask()[0] == {"a", "b"} and ask()[0] == set()
+    done, said = ask("--mean-wordings", 2)
+    assert done == {"a", "b"} and "a.png: was done with other --mean-wordings, and is done anew" in said
+    gray(tmp_path / "in/b.png", 200)
+    done, said = ask("--mean-wordings", 2)
+    assert done == {"b"} and "b.png: has changed" in said
+    texts = tmp_path / "attributes.json"
+    texts.write_text((ROOT / "attributes.json").read_text())
+    assert ask("--attributes-file", texts)[0] == {"a", "b"} and not ask("--attributes-file", texts)[0]
+    texts.write_text(texts.read_text() + " ")
+    assert "other --attributes-file" in ask("--attributes-file", texts)[1]
+    record = tmp_path / "o/a-input.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "finished"}))
+    assert ask("--attributes-file", texts)[0] == {"a"}
+    time.sleep(0.01)
+    os.utime(series(tmp_path / "in/s", HU[:2]) / "000.dcm")
+    assert "s-label" in ask("--attributes-file", texts)[1] and "s-label" not in ask("--attributes-file", texts)[1]
+    os.utime(tmp_path / "in/s/000.dcm")
+    assert "s: has changed" in ask("--attributes-file", texts)[1]
+
+
+def raising(error):
+    raise error
+
+
+def test_lists_and_what_is_missing(threshold, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gray(tmp_path / "in/a.png"), gray(tmp_path / "in/b/a.png"), gray(tmp_path / "c.png")
+    (tmp_path / "list.txt").write_bytes("\ufeffc.png\r\n\r\n  none.png\r\nin\r\n".encode())
+    assert threshold("@list.txt", "--out", "o") == 1
+    assert finished(tmp_path / "o") == {"a", "b_a", "c"}
+    assert capsys.readouterr().err.startswith("predict.py: none.png: no such file; ")
+    assert threshold("none.png", "gone.png", "--out", "o") == 2 and len(capsys.readouterr().err.splitlines()) == 2
+    fails(lambda: threshold("none.png", "--out", "o"), "none.png")
+    fails(lambda: threshold("in", "in/b", "--out", "p"), "in/a.png", "in/b/a.png is called a")
+    fails(lambda: threshold("in", "--out", "in"), "--out", "INPUT")
+    with monkeypatch.context() as patch, pytest.raises(PermissionError, match="in/b"):  # common.run makes a line of it
+        patch.setattr(os, "scandir", lambda path, f=os.scandir:
+                      raising(PermissionError(13, "Permission denied", str(path))) if str(path) == "in/b" else f(path))
+        threshold("in", "--out", "p")
+    fails(lambda: threshold("in", "--box", 1, 1, 2, 2, "--out", "p"), "--box", "single INPUT")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "read_image", lambda path, *a, f=predict.read_image:
+                      raising(MemoryError("Unable to allocate 9 TiB")) if path.name == "c.png" else f(path, *a))
+        assert threshold("in", "c.png", "--out", "p") == 1 and finished(tmp_path / "p") == {"a", "b_a"}
+    assert "c.png: Unable to allocate 9 TiB; give a part" in capsys.readouterr().err
+    assert not threshold("in", "--plane", "coronal", "--largest-component", "--out", "q")  # for its volumes, if any
+    assert not threshold("in", "--out", "in/b/results") and not threshold("in", "--out", "in/b/results")
+
+
+def test_odd_files_beside_slices_are_named(threshold, tmp_path, capsys):
+    """A picture is done for itself; what cannot be told is named by the reader of the series."""
+    place = series(tmp_path / "in", HU[:2])
+    gray(place / "x.png")
+    assert threshold(tmp_path / "in", "--out", tmp_path / "o") == 1 and finished(tmp_path / "o") == {"x"}
+    assert "x.png: truncated or not DICOM" in capsys.readouterr().err
+    (place / "x.png").rename(tmp_path / "x.png")
+    assert not threshold(tmp_path / "in", "--out", tmp_path / "p") and finished(tmp_path / "p") == {"in"}
+    (place / "001.dcm").write_bytes(b"no longer")
+    fails(lambda: threshold(tmp_path / "in", "--out", tmp_path / "q"), "001.dcm: truncated or not DICOM")
+
+
+def test_the_table(threshold, tmp_path):
+    """Rows of one input are replaced, those of others stay; a table of somebody else is not touched."""
+    table = tmp_path / "o/volumes.csv"
+    rows = lambda: [(row["input"], row["voxels"], row["ml"]) for row in csv.DictReader(open(table))]
+    one, two = gray(tmp_path / 'a,"b\nc.png', 200, (8, 8)), gray(tmp_path / "d.png", 10, (8, 8))
+    threshold(one, "--out", tmp_path / "o"), threshold(two, "--out", tmp_path / "o")
+    assert rows() == [('a,"b\nc', "64", ""), ("d", "0", "")]
+    gray(one, 10, (8, 8))
+    threshold(one, "--out", tmp_path / "o")
+    assert rows() == [("d", "0", ""), ('a,"b\nc', "0", "")]
+    table.write_text("my;own\n")
+    fails(lambda: threshold(one, "--out", tmp_path / "o"), table, "move it away")
+    assert table.read_text() == "my;own\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from common import InputError
-from conftest import ROOT, fails
+from conftest import fails
 from readers.kits19 import KiTS19
 from readers.synapse import TEST_CASES, Synapse
 
@@ -303,23 +302,19 @@ def test_complete_cases_are_skipped(tmp_path):
         assert tree(out) == whole
 
 
-def test_other_files_under_the_same_name(tmp_path):
-    """A shorter volume takes the longer one's place whole, and a second folder's cases join those of the first."""
-    raw_synapse(tmp_path / "raw", ("0005", "0006"))
-    prepare("synapse", tmp_path / "raw", tmp_path / "out")
-    for shape, seed in (((3, 7, 7), 1), ((2, 7, 7), 1), ((4, 7, 7), 1)):  # of other spacing, then of the same
-        truth = raw_synapse(tmp_path / "raw", ("0005", "0006"), shape, seed)
-        prepare("synapse", tmp_path / "raw", tmp_path / "out")
-        check_synapse(tmp_path / "out", truth)
-    truth |= raw_synapse(tmp_path / "more", ("0001", "0007"))
-    prepare("synapse", tmp_path / "more", tmp_path / "out")
-    check_synapse(tmp_path / "out", truth)
-    raw_kits19(tmp_path / "kits")
-    prepare("kits19", tmp_path / "kits", tmp_path / "kits-out")
-    for shape, seed in (((3, 4, 5), 1), ((2, 4, 6), 1), ((2, 4, 6), 2)):
-        truth = raw_kits19(tmp_path / "kits", shape=shape, seed=seed)
-        prepare("kits19", tmp_path / "kits", tmp_path / "kits-out")
-        check_kits19(tmp_path / "kits-out", truth)
+@pytest.mark.parametrize("name, raw, check", [("synapse", raw_synapse, check_synapse),
+                                              ("kits19", raw_kits19, check_kits19)])
+def test_other_files_under_the_same_name(tmp_path, name, raw, check):
+    """Another volume takes the place of one of other shape or (by the seed) spacing; a second folder's cases join."""
+    raw(tmp_path / "raw", shape=(5, 7, 7))
+    prepare(name, tmp_path / "raw", tmp_path / "out")
+    for shape, seed in (((3, 7, 7), 1), ((2, 7, 7), 1), ((4, 7, 7), 1), ((4, 6, 7), 1), ((4, 6, 7), 2)):
+        truth = raw(tmp_path / "raw", shape=shape, seed=seed)
+        prepare(name, tmp_path / "raw", tmp_path / "out")
+        check(tmp_path / "out", truth)
+    truth |= raw(tmp_path / "more", numbers=("0002", "0007") if name == "synapse" else (5, 6))
+    prepare(name, tmp_path / "more", tmp_path / "out")
+    check(tmp_path / "out", truth)
 
 
 def test_data_from_elsewhere_is_left_alone(tmp_path):
@@ -365,26 +360,6 @@ def test_killed_before_any_file_appears(tmp_path, name, before):
         assert tree(out) == whole
     assert n > 8
     {"synapse": check_synapse, "kits19": check_kits19}[name](out, truth)
-
-
-def test_killed_process(tmp_path):
-    """A process of its own, killed while it writes the slices of the last case; the others are kept."""
-    truth = raw_synapse(tmp_path / "raw", ("0001", "0005", "0006"), (60, 64, 64))
-    out = tmp_path / "out"
-    call = "import sys; from readers.prepare import prepare; prepare(*sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", call, "synapse", tmp_path / "raw", out], cwd=ROOT,
-                               stderr=subprocess.DEVNULL)
-    while not (out / "train_npz/case0006_slice007.npz").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    for path in out.glob("train_npz/*.npz"):
-        with np.load(path) as f:
-            assert f["image"].shape == f["label"].shape == (64, 64)
-    before = stamps(out)
-    prepare("synapse", tmp_path / "raw", out)
-    check_synapse(out, truth)
-    assert all(stamps(out)[path] == stamp for path, stamp in before.items() if "case0006" not in path.name)
 
 
 def test_disk_full(tmp_path):
