@@ -1,4 +1,4 @@
-"""A page to try the model on: an image, its texts, points and a box by hand; the mask and what the texts did.
+"""A page to try the model on: an image or a volume, texts, points and boxes by hand; masks and what the texts did.
 
     python app.py                      the newest checkpoint in out, or what weights/ ships, or an untrained model
     python app.py --checkpoint out/synapse --port 7860
@@ -7,10 +7,15 @@ It runs on this machine (127.0.0.1) and sends nothing anywhere.
 """
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import copyfileobj
+from typing import NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,10 +33,12 @@ from PIL import Image  # noqa: E402
 import plots  # noqa: E402
 from common import ATTRIBUTES, LIGHT, InputError, Parser, add_precision_flag, number, run  # noqa: E402
 from data import VARIATION  # noqa: E402
-from inference import choose_precision, explain, predict_image  # noqa: E402
+from inference import choose_precision, explain, predict_image, predict_volume  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
+from readers.dicom import is_dicom, read_dicom  # noqa: E402
 from readers.pictures import gray_to_rgb, read_image  # noqa: E402
+from readers.volumes import Grid, first_bytes, gray, is_nifti, read_values, write_nifti  # noqa: E402
 from runs import default_checkpoint, load_checkpoint  # noqa: E402
 from texts import Texts  # noqa: E402
 
@@ -40,8 +47,12 @@ STYLE = """#image img, #mask img {width: 100%; height: 100%; object-fit: contain
 #image img {touch-action: none; cursor: crosshair}
 #band {position: fixed; border: 2px dashed white; outline: 1px solid black; pointer-events: none}"""
 NOTHING = dict(points=[], labels=[], box=None)
-GUIDE = """**1** Take the drawn slice, or upload an image. **2** Choose a structure, or write three texts of your own.
-**3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
+USUAL = "usual"
+# HU that become black and white, as radiologists look at them; None: what predict.py takes
+WINDOWS = {USUAL: None, "soft tissue": (-150, 250), "lung": (-1350, 150), "bone": (-500, 1300)}
+MOST_BYTES, MOST_FILES, MOST_VOXELS = 2 ** 31, 10_000, 2 ** 28  # of an upload, unpacked; the values take 4 bytes each
+GUIDE = """**1** Take the drawn slice, or upload an image or a volume. **2** Choose a structure, or write three texts of
+your own. **3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
 
 # A drag over the image becomes a box: x0 y0 x1 y1 in its pixels and the time, which makes each drag a new value,
 # written into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies
@@ -94,6 +105,99 @@ def load(checkpoint, **given):
     return model, dataset or "synapse", f"{checkpoint}, trained on {dataset or 'unknown data'}"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is uploaded
+
+class Scan(NamedTuple):
+    """An image, or a volume, whose values are kept so that another window can be chosen."""
+    name: str
+    pixels: np.ndarray  # uint8 [H,W,3]; of a volume float32 [D,H,W], upright
+    grid: Grid | None = None  # of a volume
+    window: tuple | None = None  # what is black and white, unless another is chosen
+
+
+def placed(folder, number, name):
+    """Where an uploaded file lies while it is read: under its own name, which read() finds again in messages."""
+    return folder / f"upload{number}-{Path(name).name[-50:]}"
+
+
+def unpack(path, folder):
+    """The files of a zip archive into one folder, whatever folders they were in."""
+    name = Path(path).name
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = {file: re.split(r"[/\\]", file.filename) for file in archive.infolist() if not file.is_dir()}
+            files = [file for file, (*_, last) in parts.items() if last == ".." or not last.startswith(".")]
+            size = sum(file.file_size for file in files)  # no more than that is unpacked, whatever the files hold
+            if size > MOST_BYTES or len(files) > MOST_FILES:
+                raise InputError(f"{name}: {len(files):,} files of {size / 1e9:.1f} GB, but {MOST_FILES:,} files of "
+                                 f"{MOST_BYTES / 1e9:.1f} GB are the most; pack a single series")
+            for number, file in enumerate(files):
+                if ".." in parts[file] or not parts[file][0] or ":" in parts[file][0]:
+                    raise InputError(f"{name}: {file.filename} leads out of the archive; make it again")
+                if file.flag_bits & 1:
+                    raise InputError(f"{name}: is encrypted; unpack it, and upload its files")
+                with archive.open(file) as packed, open(placed(folder, number, file.filename), "wb") as out:
+                    copyfileobj(packed, out)
+    except InputError:
+        raise
+    except Exception as e:  # damaged bytes make zipfile raise nearly anything
+        raise InputError(f"{name}: cannot be unpacked ({e}): damaged, of a rare kind, or there is no room; make it "
+                         "again") from None
+
+
+def read(paths, series="", modality="ct"):
+    """The Scan in uploaded files: a NIfTI volume, a picture, DICOM files, or a zip archive of one of these. What was
+    unpacked is deleted again; InputError names the files as the user does."""
+    if not paths:
+        raise InputError("There is no file: upload one.")
+    name = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} files"
+    with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        folder = Path(folder)
+        try:
+            if len(paths) == 1 and (first_bytes(paths[0])[:2] == b"PK" or name.lower().endswith(".zip")):
+                unpack(paths[0], folder)
+            else:
+                for number, path in enumerate(paths):
+                    placed(folder, number, path).symlink_to(Path(path).absolute())
+            files = list(folder.iterdir())
+            path = files[0] if len(files) == 1 else folder
+            if path == folder or is_dicom(path):
+                found = read_dicom(path, None, modality, series.strip() or None, most=MOST_VOXELS)
+            else:
+                found = read_values(path, MOST_VOXELS) if is_nifti(path) else (read_image(path), None, None)
+        except InputError as e:
+            said = re.sub(rf"({re.escape(str(folder))}/)?upload\d+-", "", str(e)).replace(str(folder), name)
+            said = re.sub(r"--(series|modality)", r"the field \1", said)
+            raise InputError(re.sub(r"(?<!predict.py )--(slice|window)", r"predict.py --\1", said)) from None
+    return Scan(name, *found)
+
+
+def described(scan):
+    """A line, until something is found."""
+    if scan is None:
+        return ""
+    size = " x ".join(map(str, scan.pixels.shape[:3 if scan.grid else 2]))
+    values = "; usual is to show its values from {:g} to {:g}".format(*scan.window) if scan.window else ""
+    return f"{scan.name}: {size}{values}"
+
+
+@contextmanager
+def told():
+    """What is wrong with an input becomes one line on the page, which goes on."""
+    try:
+        yield
+    except ValueError as e:  # InputError as well
+        raise gr.Error(str(e), duration=60) from None
+
+
+def slice_of(scan, z, window):
+    """uint8 [H,W,3] or None: the image, or a slice of the volume through the window of this name."""
+    if scan is None or scan.grid is None:
+        return scan and scan.pixels
+    return gray_to_rgb(gray(scan.pixels[z], WINDOWS[window] or scan.window))
+
+
 class Picture(gr.Image):
     """gradio's Image, but an upload is read as by predict.py: upright, 16 bits by their range -> uint8 [H,W,3]."""
     is_template = True  # it looks like its base class
@@ -114,6 +218,8 @@ def drawn(number=0):
 
 def marked(image, clicks, mask=None, name="mask"):
     """The image uint8 [H,W,3] with the clicks and the mask on it, in the same size: clicks lie where they were made."""
+    if image is None:
+        return None
     h, w = image.shape[:2]
     figure = plt.figure(figsize=(w / 100, h / 100), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1))
@@ -139,28 +245,57 @@ def drag(clicks, dragged):
     return clicks | dict(box=[*corners.min(0).tolist(), *corners.max(0).tolist()])
 
 
-def find(model, image, clicks, name, texts, with_explanation, precision="float32"):
-    """-> (image with the mask, a line about it, the explanation or None)."""
-    if image is None:
+def as_prompts(clicks):
+    """-> boxes, points of one target, as predict_image takes them."""
+    boxes = np.array([clicks["box"]], np.float32) if clicks["box"] else None
+    return boxes, (np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])) if clicks["points"] else None
+
+
+def as_target(scan, texts):
+    """The texts of one target, as predict_image takes them, if there is something to find it in."""
+    if scan is None:
         raise gr.Error("There is no image: upload one, or take the drawn slice.")
     if not all(t.strip() for t in texts):
         raise gr.Error("All three texts are needed: choose a structure, or write them.")
-    name = name or "structure"
-    boxes = np.array([clicks["box"]], np.float32) if clicks["box"] else None
-    points = (np.array([clicks["points"]], np.float32), np.array([clicks["labels"]])) if clicks["points"] else None
-    asked, picture = [dict(zip(ATTRIBUTES, texts))], None
-    answer = predict_image(model, image, asked, boxes, points, precision)
+    return [dict(zip(ATTRIBUTES, texts))]
+
+
+def find(model, scan, z, window, clicks, name, texts, with_explanation, precision="float32"):
+    """One image or slice -> (its mask bool [H,W], a line about it, the explanation or None)."""
+    target, prompts, picture, name = as_target(scan, texts), as_prompts(clicks), None, name or "structure"
+    image = slice_of(scan, z, window)
+    answer = predict_image(model, image, target, *prompts, precision)
     mask = answer.masks[0]
     if with_explanation:
         picture = io.BytesIO()
-        plots.explanation(picture, name, explain(model, image, answer, 0, asked, boxes, points, precision))
+        plots.explanation(picture, name, explain(model, image, answer, 0, target, *prompts, precision))
         picture = Image.open(picture)
     said = f"{name}: not found; add a box or a point, or other texts"
     if mask.any():
         said = (f"{name}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
                 f"{answer.iou[0]:.2f}")
-    return marked(image, clicks, mask, name), said, picture
+    return mask, said, picture
 
+
+def find_all(model, scan, window, clicks, name, texts, precision="float32"):
+    """A whole volume; clicks: {z: those of slice z}, which help there -> (label uint8 [D,H,W], a line about it, the
+    path of its NIfTI file)."""
+    target, name = as_target(scan, texts), name or "structure"
+    volume = np.stack([slice_of(scan, z, window)[..., 0] for z in range(len(scan.pixels))])
+    label, _ = predict_volume(model, volume, target, precision)
+    for z, own in clicks.items():
+        if own != NOTHING:
+            label[z] = predict_image(model, gray_to_rgb(volume[z]), target, *as_prompts(own), precision).masks[0]
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+    path = folder / (re.sub(r"\.(nii(\.gz)?|zip|dcm)$", "", scan.name, flags=re.I) + "-label.nii.gz")
+    write_nifti(path, label, scan.grid)
+    count, ml = np.count_nonzero(label), abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
+    said = f"{name}: {count} voxels, {count * ml:.1f} ml, in {label.any((1, 2)).sum()} of {len(label)} slices"
+    return label, said, str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
 
 def build(model, dataset, about, precision="float32"):
     """The page."""
@@ -169,25 +304,31 @@ def build(model, dataset, about, precision="float32"):
     first_modality = texts.modalities(first)[0] or "ct"
 
     def fill(name, modality):
-        try:
+        with told():
             triple = texts(name, modality)
             return [triple[a] for a in ATTRIBUTES]
-        except InputError as e:
-            raise gr.Error(str(e))
 
     # what was uploaded and drawn is deleted after an hour, and by main() when the page is stopped
     with gr.Blocks(title="MedSeg-R", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# MedSeg-R\n{GUIDE}\n\nModel: {about}. Research only, not for diagnosis.")
-        clicks, original = gr.State(NOTHING), gr.State(drawn())
+        # of each slice that has some, {z: ...}, its clicks, and its mask with what was said of it; an image is slice 0
+        scan, clicks, masks, turn = gr.State(Scan("drawn", drawn())), gr.State({}), gr.State({}), gr.State(0)
         with gr.Row():
             with gr.Column():
                 image = Picture(drawn(), type="numpy", label="image: click points, drag a box", elem_id="image",
                                  sources=["upload", "clipboard"], height=400, buttons=[])
+                z = gr.Slider(0, 1, 0, step=1, label="slice, from the feet", elem_id="slice", visible=False)
+                window = gr.Radio(list(WINDOWS), value=USUAL, label="CT's window; the model, too, sees what is shown",
+                                  elem_id="window", visible=False)
                 dragged = gr.Textbox(visible="hidden", elem_id="dragged")
                 kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a point")
                 with gr.Row():
                     clear = gr.Button("Clear points and box", elem_id="clear")
                     another = gr.Button("Another drawn slice", elem_id="another")
+                with gr.Row():
+                    files = gr.File(label="a volume: NIfTI, DICOM files together, or a zip of them", elem_id="files",
+                                    file_count="multiple", height=140)
+                    series = gr.Textbox(label="series", info="if there are several: its number", elem_id="series")
             with gr.Column():
                 with gr.Row():
                     name = gr.Dropdown(names, value=first, label="structure", allow_custom_value=True, elem_id="name")
@@ -196,41 +337,76 @@ def build(model, dataset, about, precision="float32"):
                          for a, value in zip(ATTRIBUTES, fill(first, first_modality))]
                 more = gr.Checkbox(True, label="explain what the texts did")
                 button = gr.Button("Find", variant="primary", elem_id="find")
+                whole = gr.Button("Find in all slices", elem_id="whole", visible=False)
                 said = gr.Markdown(elem_id="said")
+                label = gr.DownloadButton("Download the volume's mask (NIfTI)", elem_id="label", visible=False)
         shown = gr.Image(label="mask", elem_id="mask", interactive=False, height=400, buttons=["download"])
         explained = gr.Image(label="what the texts did", format="png", elem_id="explained", interactive=False,
                              buttons=["download", "fullscreen"])
-        turn = gr.State(0)
 
-        def on_click(clicks, original, kind, event: gr.SelectData):
-            clicks = click(clicks, kind, *event.index)
-            return clicks, marked(original, clicks)
+        def show(new):
+            """A Scan in place of the last one, whose clicks and masks go."""
+            depth = len(new.pixels) if new and new.grid else 0
+            middle = depth // 2
+            return {scan: new, clicks: {}, masks: {}, image: slice_of(new, middle, USUAL), said: described(new),
+                    z: gr.Slider(value=middle, maximum=max(1, depth - 1), visible=depth > 1),
+                    window: gr.Radio(value=USUAL, visible=depth > 0), whole: gr.Button(visible=depth > 0),
+                    label: gr.DownloadButton(value=None, visible=False), shown: None, explained: None}
 
-        def on_drag(clicks, original, dragged):
-            clicks = drag(clicks, dragged)
-            return clicks, marked(original, clicks)
+        def on_files(paths, series, modality):
+            with told():
+                return show(read(paths, series, modality))
 
-        def next_slice(turn):
-            turn = (turn + 1) % 32
-            return turn, drawn(turn), drawn(turn), NOTHING
+        def look(scan, z, window, clicks, masks):
+            pixels, own = slice_of(scan, z, window), clicks.get(z, NOTHING)
+            mask, line = masks.get(z, (None, described(scan)))
+            return marked(pixels, own), None if mask is None else marked(pixels, own, mask), line
 
+        def mark(scan, z, window, clicks, own):
+            return clicks | {z: own}, marked(slice_of(scan, z, window), own)
+
+        def on_click(scan, z, window, clicks, kind, event: gr.SelectData):
+            return mark(scan, z, window, clicks, click(clicks.get(z, NOTHING), kind, *event.index))
+
+        def on_drag(scan, z, window, clicks, dragged):
+            return mark(scan, z, window, clicks, drag(clicks.get(z, NOTHING), dragged))
+
+        def next_slice(number):
+            number = (number + 1) % 32
+            return show(Scan("drawn", drawn(number))) | {turn: number}
+
+        def on_find(scan, z, window, clicks, masks, name, more, *three):
+            with told():
+                *found, picture = find(model, scan, z, window, clicks.get(z, NOTHING), name, three, more, precision)
+            return masks | {z: found}, picture
+
+        def on_whole(scan, window, clicks, name, position, texture, shape, progress=gr.Progress(track_tqdm=True)):
+            with told():
+                found, line, path = find_all(model, scan, window, clicks, name, (position, texture, shape), precision)
+            return {z: (part > 0, line) for z, part in enumerate(found)}, gr.DownloadButton(value=path, visible=True)
+
+        fresh = [scan, clicks, masks, image, z, window, whole, label, said, shown, explained]
+        at, seen = [scan, z, window, clicks], [image, shown, said]
+        busy = dict(concurrency_id="scan", concurrency_limit=1)  # nothing new is opened while something is looked for
+        quick = dict(show_progress="hidden")  # a veil over the image would swallow the next click
         # shown as it was read: a browser knows neither 16 bits nor TIFF
-        image.upload(lambda new: (new, new, NOTHING), image, [image, original, clicks])
-        image.clear(lambda: (None, NOTHING), None, [original, clicks])
-        image.select(on_click, [clicks, original, kind], [clicks, image])
-        dragged.change(on_drag, [clicks, original, dragged], [clicks, image])
-        clear.click(lambda original: (NOTHING, original), original, [clicks, image])
-        another.click(next_slice, turn, [turn, original, image, clicks])
+        image.upload(lambda new: show(Scan("image", new)), image, fresh, **busy)
+        image.clear(lambda: show(None), None, fresh, **busy)
+        files.upload(on_files, [files, series, modality], fresh, **busy)
+        series.submit(on_files, [files, series, modality], fresh, **busy)
+        another.click(next_slice, turn, [turn, *fresh], **busy)
+        for event in (z.input, window.input):
+            event(look, [*at, masks], seen, trigger_mode="always_last", **quick)
+        image.select(on_click, [*at, kind], [clicks, image], **quick)
+        dragged.change(on_drag, [*at, dragged], [clicks, image], **quick)
+        clear.click(lambda *at: mark(*at, NOTHING), at, [clicks, image], **quick)
         name.select(fill, [name, modality], boxes)
         modality.select(fill, [name, modality], boxes)
-
-        def on_find(image, clicks, name, more, *three):
-            try:
-                return find(model, image, clicks, name, three, more, precision)
-            except (InputError, ValueError) as e:
-                raise gr.Error(str(e))
-
-        button.click(on_find, [original, clicks, name, more, *boxes], [shown, said, explained])
+        # then of the slice that is looked at by now
+        button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(
+            look, [*at, masks], seen, **quick)
+        whole.click(on_whole, [scan, window, clicks, name, *boxes], [masks, label], show_progress_on=shown, **busy
+                    ).success(look, [*at, masks], seen, **quick)
     return page
 
 
@@ -254,7 +430,7 @@ def main():
         page = build(model, args.dataset or dataset, about, precision)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
-                        css=STYLE, js=DRAG, quiet=True, run_history=False,
+                        max_file_size=MOST_BYTES, css=STYLE, js=DRAG, quiet=True, run_history=False,
                         theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]))  # no web fonts
         except OSError as e:
             raise InputError(f"--port {args.port}: {e}; give another") from None

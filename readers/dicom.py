@@ -4,6 +4,7 @@ Every frame gives one Slice, the record of what its attributes say. Slices that 
 they lie on one regular grid; a slice that does not say so (ultrasound, radiographs, secondary captures) is an image.
 """
 import logging
+import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pydicom import uid
 from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder
 
 from common import InputError, visible
-from readers.volumes import choose_window, first_bytes, gray, make_grid, some, upright
+from readers.volumes import (along_file, check_size, choose_window, first_bytes, gray, make_grid, some, upright,
+                             usual_window)
 
 # what lies beside slices and is none; DICOM files that hold no image tell it by their class
 NOTES = (".txt", ".md", ".xml", ".json", ".pdf", ".csv", ".tsv", ".html", ".htm", ".log", ".ini", ".inf", ".db")
@@ -313,10 +315,25 @@ def read_volume(path, slices, affine, window, modality):
     return np.ascontiguousarray(upright(stored.transpose(2, 1, 0), grid)), grid, window
 
 
-def read_dicom(path, window, modality, series=None, frame=None):
+def read_values(path, slices, affine):
+    """The same for a window that gray() is given later -> (float32 [D,H,W], NaN for padding, Grid, its usual window).
+    Where the larger numbers are the darker ones, they change their sign."""
+    grid, sample = make_grid(path, affine, (*slices[0].shape[::-1], len(slices))), []
+    files = {file: read_pixels(s) for file, s in {s.path: s for s in slices}.items()}
+    values = np.empty(grid.shape, np.float32)
+    for s, part in zip(slices, along_file(values, grid).transpose(2, 1, 0)):
+        part[...] = values_of(s, files[s.path][s.frame]) * (-1 if s.dark else 1)
+        sample.append(some(part, values.size))
+    return values, grid, usual_window(np.concatenate(sample), path, slices[0].modality)
+
+
+def read_dicom(path, window, modality, series=None, frame=None, most=None):
     """The folder of a series or a file -> (uint8 [D,H,W], upright, its Grid, its window); or, of what does not say
-    where it lies, (uint8 [H,W,3], None, its window or, of colours, None). frame: the one to take of a film."""
+    where it lies, (uint8 [H,W,3], None, its window or, of colours, None). frame: the one to take of a film. most: of a
+    volume read_values() instead; InputError if there are more than so many pixels."""
     slices = find_slices(path, series)
+    if most:
+        check_size(path, sum(math.prod(s.shape) for s in slices), most)
     first = slices[0]
     if all(s.position is None for s in slices) and first.frames == len(slices) > 1:
         if frame is None or not 0 <= frame < len(slices):
@@ -336,4 +353,6 @@ def read_dicom(path, window, modality, series=None, frame=None):
         if lacking:
             raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series "
                              "as the scanner sent it, or an image alone")
+    if most:
+        return read_values(Path(path), slices, fit(slices))
     return read_volume(Path(path), slices, fit(slices), window, modality)

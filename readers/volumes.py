@@ -7,6 +7,7 @@ stores it. That is decided by the file's header alone. Axes are permuted and fli
 """
 import bz2
 import gzip
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,26 @@ def read_nifti(path, window, modality):
     return image, grid, window
 
 
+def check_size(path, count, most):
+    """InputError if a volume of `count` voxels has more than `most`."""
+    if count > most:
+        raise InputError(f"{path}: {count / 1e6:,.0f} million voxels, but here {most / 1e6:,.0f} million are the most; "
+                         "cut out a part, or make it smaller")
+
+
+def read_values(path, most):
+    """A volume for a window that gray() is given later -> (float32 [D,H,W], upright, its Grid, its usual window).
+    InputError if it has more than `most` voxels."""
+    grid, sample = read_grid(path), []
+    check_size(path, math.prod(grid.shape), most)
+    values = np.empty(grid.shape, np.float32)
+    for part, slab in slabs(grid, values):
+        sample.append(some(slab, values.size))
+        with np.errstate(over="ignore"):
+            part[...] = slab
+    return values, grid, usual_window(np.concatenate(sample), path)
+
+
 def write_nifti(path, label, grid):
     """uint8 [D,H,W], upright, to a NIfTI file with its input's shape, affine and units."""
     stored, head = np.ascontiguousarray(along_file(label, grid)), grid.header
@@ -236,3 +257,8 @@ def choose_window(asked, modality, sample, path, of="ct"):
     if low == high:
         raise InputError(f"{path}: every value is {low:g}, so there is nothing to see; give another file")
     return low, high
+
+
+def usual_window(sample, path, of="ct"):
+    """choose_window() where nobody says what the volume is: CT if its values are HU and its file names nothing else."""
+    return choose_window(None, "ct" if of in ("ct", "") and are_hu(sample) else "", sample, path, of)

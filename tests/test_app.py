@@ -1,20 +1,32 @@
-"""The page, in a real headless browser: the first mask, clicks, a box, other texts, and bad uploads."""
+"""The page: what is uploaded to it, and, in a real headless browser, the first mask, clicks, a box, other texts, bad
+uploads, and a volume from its upload to the file with its mask."""
+import io
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from common import LIGHT
-from conftest import ROOT
+from conftest import ROOT, fails
+from inference import predict_image, predict_volume
 from medsegr import Config, MedSegR
+from readers.dicom import read_dicom
+from readers.pictures import read_image
+from readers.volumes import gray, read_nifti
 from runs import save_checkpoint
+from test_dicom import HU, dataset, rotation, save, series
 from test_report import free_port
+from test_volumes import volume_file
 
 gr = pytest.importorskip("gradio")
 import app  # noqa: E402
@@ -42,17 +54,20 @@ def test_clicks():
 def test_what_is_missing_is_said():
     model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8)).eval()
     image, texts = np.zeros((40, 50, 3), np.uint8), ("left", "bright", "round")
-    for wrong in ((None, app.NOTHING, "x", texts), (image, app.NOTHING, "x", ("left", " ", "round"))):
+    scan = app.Scan("x.png", image)
+    for wrong in ((None, texts), (scan, ("left", " ", "round"))):
         with pytest.raises(gr.Error):
-            app.find(model, *wrong, False)
-    shown, said, picture = app.find(model, image, app.NOTHING | dict(box=[5, 8, 30, 20]), "", texts, False)
-    assert shown.shape == (40, 50, 3) and picture is None and "structure" in said
+            app.find(model, wrong[0], 0, app.USUAL, app.NOTHING, "x", wrong[1], False)
+        with pytest.raises(gr.Error):
+            app.find_all(model, wrong[0], app.USUAL, {}, "x", wrong[1])
+    clicks = app.NOTHING | dict(box=[5, 8, 30, 20])
+    mask, said, picture = app.find(model, scan, 0, app.USUAL, clicks, "", texts, False)
+    assert mask.shape == (40, 50) and mask.dtype == bool and picture is None and "structure" in said
 
 
 def test_an_upload_is_read_as_by_the_command(tmp_path):
     """16 bits, lying on its side: as readers/pictures.py reads it; what is no picture is called by its own name."""
     from gradio.data_classes import ImageData
-    from readers.pictures import read_image
     exif = Image.Exif()
     exif[0x0112] = 6
     path, component = tmp_path / "0123abc.png", app.Picture()
@@ -64,6 +79,190 @@ def test_an_upload_is_read_as_by_the_command(tmp_path):
         component.preprocess(ImageData(path=str(path), orig_name="scan.png"))
     assert component.preprocess(None) is None and component.get_block_name() == "image"
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Volumes, without a browser
+
+def packed(path, files, **options):
+    """A zip archive of files, pairs of a name in it and their bytes."""
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    return path
+
+
+def same(scan, truth):
+    """A Scan shows, through its usual window, what predict.py takes."""
+    volume, grid, window = truth
+    assert scan.window == pytest.approx(window) and np.array_equal(scan.grid.affine, grid.affine)
+    assert scan.pixels.dtype == np.float32
+    for z in range(len(volume)):
+        shown = app.slice_of(scan, z, app.USUAL)
+        assert shown.dtype == np.uint8 and np.abs(shown[..., 1] - volume[z].astype(int)).max() <= 1
+    for name, window in app.WINDOWS.items():
+        assert np.array_equal(app.slice_of(scan, 1, name)[..., 0], gray(scan.pixels[1], window or scan.window))
+
+
+def test_nifti_is_read_as_by_the_command(tmp_path):
+    for n, (axes, flips) in enumerate((((0, 1, 2), (0, 0, 0)), ((2, 0, 1), (1, 0, 1)), ((1, 2, 0), (0, 1, 1)))):
+        path = tmp_path / f"{n}.nii.gz"
+        volume_file(path, axes, flips)
+        scan = app.read([path])
+        same(scan, read_nifti(path, None, "ct"))
+        truth = np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)[::-1, ::-1].transpose(2, 1, 0)
+        assert scan.name == path.name and np.array_equal(scan.pixels, truth)  # the values themselves
+        same(app.read([packed(tmp_path / "x.zip", [("a/x.nii.gz", path.read_bytes())])]), read_nifti(path, None, "ct"))
+    rng = np.random.default_rng(0)  # no HU: by their percentiles; NaN is black
+    values = rng.gamma(2, 300, (9, 8, 4)).astype(np.float32)
+    values[2, 3, 1] = np.nan
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    same(app.read([path]), read_nifti(path, None, "mr"))
+
+
+def test_dicom_is_read_as_by_the_command(tmp_path):
+    """As files, and in archives whose folders have files of the same names; a slanted and a tilted series, inverted
+    gray values, padding."""
+    c, s = np.cos(0.3), np.sin(0.3)
+    tilt = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    bright = dict(Modality="MR", PhotometricInterpretation="MONOCHROME1", RescaleIntercept=0)
+    padded = dict(PixelPaddingValue=struct.pack("<H", HU[1, 2, 3] + 1024))
+    for n, change in enumerate((dict(order=[2, 0, 5, 3, 1, 4]), dict(turn=rotation([0.2, -0.3, 0.5])),
+                                dict(turn=tilt, step=(0, 0, 3.0)), dict(turn=np.roll(np.eye(3), 1, 0)), bright,
+                                padded)):
+        folder = series(tmp_path / str(n), **change)
+        truth = read_dicom(folder, None, "mr" if n == 4 else "ct")
+        files = sorted(folder.iterdir())
+        scan = app.read(files)
+        assert scan.name == "6 files"
+        if n == 4:  # the brighter, the larger
+            truth = *truth[:2], (-truth[2][1], -truth[2][0])
+        same(scan, truth)
+        again = app.read([packed(tmp_path / "x.zip", [
+            *((f"IMG/{n}/I1.dcm", file.read_bytes()) for n, file in enumerate(files)), ("IMG/", b""),
+            ("__MACOSX/IMG/._I1.dcm", b"\0\5\26\7"), ("read me.txt", b"hello")])])
+        assert np.array_equal(again.pixels, scan.pixels, equal_nan=True) and np.isnan(scan.pixels).any() == (n == 5)
+        assert again.name == "x.zip" and np.array_equal(again.grid.affine, scan.grid.affine)
+
+
+def test_other_uploads(tmp_path):
+    """Pictures, a DICOM image without a place; of several series the one that is asked for."""
+    picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    save(dataset(picture, Modality="US"), tmp_path / "b.dcm")
+    for name in ("a.png", "b.dcm"):
+        scan = app.read([tmp_path / name])
+        assert np.array_equal(scan.pixels, picture) and scan.grid is None and scan.name == name
+        assert app.slice_of(scan, 0, app.USUAL) is scan.pixels
+    assert app.slice_of(None, 0, "lung") is None
+    one = series(tmp_path / "1", SeriesInstanceUID="1.2.4", SeriesNumber=3)
+    files = [*series(tmp_path / "2", HU[:4]).iterdir(), *one.iterdir()]
+    fails(lambda: app.read(files), "10 files: holds 2 series", "the field series: ", "3 (")
+    assert len(app.read(files, " 3").pixels) == 6
+
+
+def test_bad_volumes_are_said_in_a_line(tmp_path, monkeypatch):
+    """By the names that the user knows; nothing lies outside of the folder, and nothing is left of it."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    files = [(file.name, file.read_bytes()) for file in sorted(series(tmp_path / "s").iterdir())]
+    zipped, z = packed(tmp_path / "good.zip", files).read_bytes(), tmp_path / "z.zip"
+
+    def bad(*parts, paths=(z,), **options):
+        with pytest.raises(Exception) as e:
+            app.read(list(paths), **options)
+        assert type(e.value) is app.InputError and "\n" not in str(e.value)
+        for part in parts:
+            assert part in str(e.value), f"{part!r} not in {e.value}"
+        assert str(tmp_path) not in str(e.value) and not re.search(r"upload\d", str(e.value))
+        assert not list((tmp_path / "cache").iterdir()) and not (tmp_path / "evil.dcm").exists()
+
+    for content in (b"", b"this is no archive", zipped[:len(zipped) // 2], b"PK" + zipped[2:90], zipped[-22:-4]):
+        z.write_bytes(content)
+        bad("z.zip: cannot be unpacked")
+    rng = np.random.default_rng(0)
+    for _ in range(60):  # any byte may be wrong: it is said, or does not matter
+        wrong = bytearray(zipped)
+        for at in rng.integers(0, len(zipped), 3):
+            wrong[at] = rng.integers(256)
+        z.write_bytes(wrong)
+        try:
+            app.read([z])
+        except app.InputError as e:
+            assert "\n" not in str(e) and str(tmp_path) not in str(e)
+    for name in ("../evil.dcm", "a/../../evil.dcm", "/evil.dcm", "..\\evil.dcm", "C:\\evil.dcm"):
+        packed(z, [*files, (name, b"x")])
+        bad("z.zip: ", "leads out")
+    locked = bytearray(zipped)
+    for start, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        for found in re.finditer(re.escape(start), zipped):
+            locked[found.start() + flags] |= 1
+    z.write_bytes(locked)
+    bad("z.zip: is encrypted")
+    packed(z, [])
+    bad("z.zip: holds no DICOM image")
+    packed(z, files[:2] + files[3:])
+    bad("003.dcm: lies 5 mm behind 001.dcm", "one is missing")
+    bad("000.dcm: lies 0 mm behind", "doubled", paths=[tmp_path / "s/000.dcm"] * 3)
+    packed(z, [*files, ("viewer.exe", b"MZ")])
+    bad("viewer.exe: truncated or not DICOM")
+    packed(z, [*files, ("inner.zip", zipped)])
+    bad("inner.zip: truncated or not DICOM")
+    bad("There is no file", paths=())
+    (tmp_path / "x.nii.gz").write_bytes(b"\x1f\x8bno")
+    bad("x.nii.gz: truncated", paths=[tmp_path / "x.nii.gz"])
+    film = dataset(np.zeros((3, 9, 9), np.uint8), Modality="US")
+    save(film, tmp_path / "film.dcm")
+    bad("film.dcm: 3 frames", "predict.py --slice", paths=[tmp_path / "film.dcm"])
+
+    # what is too large: the archive unpacked, its number of files, and what small files say that they hold
+    packed(z, [("zeros", bytes(2 ** 22))], compression=zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(app, "MOST_BYTES", 2 ** 22 - 1)
+    assert z.stat().st_size < 10 ** 4
+    bad("z.zip: 1 files of 0.0 GB", "are the most")
+    monkeypatch.setattr(app, "MOST_BYTES", 2 ** 22)
+    bad("zeros: is no PNG")
+    packed(z, files)
+    monkeypatch.setattr(app, "MOST_FILES", 5)
+    bad("z.zip: 6 files")
+    monkeypatch.undo()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    huge = nib.Nifti1Header()
+    huge.set_data_dtype(np.uint8), huge.set_data_shape((32767, 32767, 32767)), huge.set_sform(np.eye(4), 1)
+    huge["magic"], huge["vox_offset"] = b"n+1", 352
+    (tmp_path / "huge.nii").write_bytes(huge.binaryblock + bytes(400))
+    bad("huge.nii: 35,181,151 million voxels", "268 million", paths=[tmp_path / "huge.nii"])
+    most = b"\xff\xff"
+    save(dataset(np.zeros((9, 9), np.uint8), Modality="US"), tmp_path / "huge.dcm", Rows=most, Columns=most)
+    bad("huge.dcm: 4,295 million", paths=[tmp_path / "huge.dcm"])
+
+
+def test_a_whole_volume(small, tmp_path, monkeypatch):
+    """As predict.py does it, but for the slices that have points or a box of their own; the file lies on its input."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    texts, path = ("left", "bright", "round"), tmp_path / "x.nii.gz"
+    volume_file(path, (2, 0, 1), (1, 0, 1))
+    scan, asked = app.read([path]), [dict(zip(app.ATTRIBUTES, texts))]
+    boxed = app.drag(app.NOTHING, "0 0 3 4")
+    clicks = {1: boxed, 2: app.NOTHING, 3: app.click(app.NOTHING, app.CLICKS[0], 2, 2)}
+    label, said, file = app.find_all(small, scan, app.USUAL, clicks, "", texts)
+    truth, _ = predict_volume(small, read_nifti(path, None, "ct")[0], asked, progress=False)
+    for z in range(len(label)):
+        if z in (1, 3):
+            mask, _, _ = app.find(small, scan, z, app.USUAL, clicks[z], "", texts, False)
+            assert np.array_equal(label[z], mask)
+        else:
+            assert np.array_equal(label[z], truth[z])
+    image = app.slice_of(scan, 1, app.USUAL)
+    assert np.array_equal(label[1], predict_image(small, image, asked, np.array([boxed["box"]])).masks[0])
+    stored = nib.load(file)
+    assert np.array_equal(stored.affine, nib.load(path).affine) and stored.shape == nib.load(path).shape
+    assert os.path.basename(file) == "x-label.nii.gz"
+    count = np.count_nonzero(np.asarray(stored.dataobj))
+    assert count == np.count_nonzero(label) and f"{count} voxels, {count * 1.5 * 0.8 * 3 / 1000:.1f} ml" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
@@ -96,7 +295,7 @@ def page(tmp_path_factory):
         browser.close()
     kept = list(page.kept.rglob("*.png"))
     server.terminate()
-    server.wait(20)
+    server.wait(60)
     assert kept and not list(page.kept.glob("medsegr-*"))  # no image stays behind
 
 
@@ -169,6 +368,93 @@ def test_bad_uploads(page, tmp_path):
     page.fill("#position textarea", "in the middle")
     press_find(page, "liver")
     assert page.hosts == {f"127.0.0.1:{page.port}"}
+
+
+def picture_of(page, where="#image"):
+    """What is to be seen, int [H,W,3]."""
+    body = page.request.get(page.locator(f"{where} img").evaluate("img => img.src")).body()
+    return np.asarray(Image.open(io.BytesIO(body)).convert("RGB")).astype(int)
+
+
+def upload(page, files):
+    """In place of the files, or of the word that they are bad, that are there."""
+    while (away := page.locator("#files button[aria-label='Clear']")).count():
+        away.first.click()
+        page.wait_for_timeout(1000)
+    page.set_input_files("#files input[type=file]", files)
+
+
+def test_a_volume(page, tmp_path):
+    """Upload, scroll, another window, a box that stays on its slice, find there and in all slices, and download; then a
+    broken archive, after which the volume is still there, and a DICOM series in another one."""
+    path = tmp_path / "scan.nii.gz"
+    stored = np.random.default_rng(0).normal(50, 30, (48, 5, 40)).astype(np.int16)
+    stored[:6] = -1000
+    affine = np.array([[-0.8, 0.1, 0, 5], [0, 0.2, 0.9, -7], [0.1, 4, 0, 90], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(stored, affine), path)
+    scan = app.read([path])
+    volume = read_nifti(path, None, "ct")[0].astype(int)
+    upload(page, path)
+    page.wait_for_selector("text=scan.nii.gz: 5 x 40 x 48; usual is to show its values from -125 to 275",
+                           timeout=60_000)
+    page.wait_for_selector("#slice input[type=number]", timeout=60_000)
+    number = page.locator("#slice input[type=number]")
+    close = lambda truth: np.abs(picture_of(page)[..., 0] - truth).mean() < 6  # the page's pictures are compressed
+
+    def scroll(z):
+        number.fill(str(z))
+        number.press("Enter")
+
+    assert number.input_value() == "2" and close(volume[2])
+    new_picture(page, lambda: scroll(4))
+    assert close(volume[4]) and not close(volume[2])
+    new_picture(page, lambda: page.click("#window label:has-text('lung')"))
+    assert close(app.slice_of(scan, 4, "lung")[..., 0]) and not close(volume[4])
+    new_picture(page, lambda: page.click("#window label:has-text('usual')"))
+    box = page.locator("#image img").bounding_box()
+    page.locator("#image img").scroll_into_view_if_needed()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.3)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.7, steps=4)
+    new_picture(page, page.mouse.up)
+    marked = picture_of(page)
+    assert not close(volume[4])
+    new_picture(page, lambda: scroll(1))
+    assert close(volume[1])
+    new_picture(page, lambda: scroll(4))
+    assert np.array_equal(picture_of(page), marked)
+    one = press_find(page, "pixels")
+    page.wait_for_selector("#mask img", timeout=60_000)
+    page.click("#whole")
+    page.wait_for_selector("#mask >> text=predicting", timeout=60_000)
+    page.wait_for_selector("#label", timeout=120_000)
+    page.wait_for_function("document.querySelector('#said').innerText.includes('of 5 slices')", timeout=60_000)
+    with page.expect_download() as waiting:
+        page.click("#label")
+    waiting.value.save_as(tmp_path / "label.nii.gz")
+    label = nib.load(tmp_path / "label.nii.gz")
+    assert waiting.value.suggested_filename == "scan-label.nii.gz"
+    assert label.shape == stored.shape and np.array_equal(label.affine, nib.load(path).affine)
+    found = read_nifti(tmp_path / "label.nii.gz", (0, 255), "mr")[0]
+    count = np.asarray(label.dataobj).sum()
+    assert f": {count} voxels" in page.inner_text("#said") and f": {(found[4] > 0).sum()} pixels" in one
+
+    (tmp_path / "broken.zip").write_bytes(b"PK\3\4 and nothing more")
+    upload(page, tmp_path / "broken.zip")
+    page.wait_for_selector("text=broken.zip: cannot be unpacked", timeout=60_000)
+    new_picture(page, lambda: scroll(2))  # the same page goes on
+    assert close(volume[2])
+    page.click("#find")
+    page.wait_for_function("/pixels|not found/.test(document.querySelector('#said').innerText)", timeout=90_000)
+    files = sorted(series(tmp_path / "s").iterdir())
+    packed(tmp_path / "series.zip", [(file.name, file.read_bytes()) for file in files])
+    upload(page, tmp_path / "series.zip")
+    page.wait_for_selector("text=series.zip: 6 x 5 x 7", timeout=60_000)
+    upload(page, files)
+    page.wait_for_selector("text=6 files: 6 x 5 x 7", timeout=60_000)
+    new_picture(page, lambda: page.click("#another"))
+    assert page.locator("#slice").count() == page.locator("#whole").count() == 0
+    assert page.hosts == {f"127.0.0.1:{page.port}"} and not list(page.kept.rglob("upload?-*"))
 
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"], ["--port", "99999"]])
