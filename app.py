@@ -33,7 +33,7 @@ from PIL import Image  # noqa: E402
 import plots  # noqa: E402
 from common import ATTRIBUTES, LIGHT, InputError, Parser, add_precision_flag, number, run  # noqa: E402
 from data import VARIATION  # noqa: E402
-from inference import choose_precision, explain, predict_image, predict_volume  # noqa: E402
+from inference import UNSURE, choose_precision, explain, predict_image, predict_volume  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
 from readers.dicom import is_dicom, read_dicom  # noqa: E402
@@ -264,7 +264,7 @@ def find(model, scan, z, window, clicks, name, texts, with_explanation, precisio
     """One image or slice -> (its mask bool [H,W], a line about it, the explanation or None)."""
     target, prompts, picture, name = as_target(scan, texts), as_prompts(clicks), None, name or "structure"
     image = slice_of(scan, z, window)
-    answer = predict_image(model, image, target, *prompts, precision)
+    answer = predict_image(model, image, target, *prompts, precision, min_iou=UNSURE if clicks == NOTHING else 0.0)
     mask = answer.masks[0]
     if with_explanation:
         picture = io.BytesIO()
@@ -282,7 +282,7 @@ def find_all(model, scan, window, clicks, name, texts, precision="float32"):
     path of its NIfTI file)."""
     target, name = as_target(scan, texts), name or "structure"
     volume = np.stack([slice_of(scan, z, window)[..., 0] for z in range(len(scan.pixels))])
-    label, _ = predict_volume(model, volume, target, precision)
+    label, _ = predict_volume(model, volume, target, precision, min_iou=UNSURE)
     for z, own in clicks.items():
         if own != NOTHING:
             label[z] = predict_image(model, gray_to_rgb(volume[z]), target, *as_prompts(own), precision).masks[0]
