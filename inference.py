@@ -340,14 +340,15 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     step = -(-max(image.shape[:2]) // most)
     image = image[step // 2::step, step // 2::step]
     boxes, points = thinned(boxes, step), points and (thinned(points[0], step), points[1])
-    on_image = lambda grid: to_original(grid[None], image.shape[:2])[0].cpu().numpy()
+    on_image = lambda grid: to_original(grid[None].float(), image.shape[:2])[0].cpu().numpy()
     array = lambda x: None if x is None else x[0].float().cpu().numpy()
     priors, effect, gate, texts = answer.priors.take(slice(target, target + 1)), None, {}, as_lists(texts)
     if priors.texture is not None:
         index, attended = torch.zeros(1, dtype=torch.int64, device=model.device), priors._replace(shape_kernel=None)
-        features, _ = model.adapt_features(answer.features)
-        plain, filtered = (modulate(features, index, attended._replace(texture=kernel)).float()
-                           for kernel in (None, priors.texture))
+        with autocast(model.device, precision):
+            features, _ = model.adapt_features(answer.features)
+            plain, filtered = (modulate(features, index, attended._replace(texture=kernel)).float()
+                               for kernel in (None, priors.texture))
         effect = on_image((filtered - plain).norm(dim=1)[0] / plain.norm(dim=1)[0].clamp(min=1e-6))
     if answer.steps["gate"] is not None:
         gate = dict(zip(model.config.active_branches, map(on_image, answer.steps["gate"][target])))

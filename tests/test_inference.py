@@ -3,9 +3,11 @@ import numpy as np
 import torch
 
 import inference
+from common import LIGHT
 from data import box_prompt, open_dataset, to_original
 from inference import (Answer, Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
                        predict_volume, wordings)
+from medsegr import Config, MedSegR
 from readers.synapse import ORGANS
 from texts import Texts
 
@@ -180,3 +182,14 @@ def test_a_text_removed_is_a_text_emptied(model):
     assert found.A_pos.shape == found.texture_effect.shape == found.probability.shape == (40, 56)
     assert found.texts == TEXT and set(found.gate) == {"fused", "sem", "sam"} and found.texture_effect.max() > 0
     np.testing.assert_allclose(sum(found.gate.values()), 1, atol=1e-5)
+
+
+def test_an_answer_of_lower_precision_is_explained(precision="bfloat16"):
+    """Features and gates are then bfloat16, which numpy does not know, and the adapter's weights are not."""
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8, adapter=True, align=True)).eval()
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    answer = predict_image(model, image, [TEXT, TEXT], precision=precision)
+    for target in range(2):
+        found = explain(model, image, answer, target, [TEXT, TEXT], precision=precision)
+        drawn = [found.probability, found.A_pos, found.texture_effect, *found.gate.values()]
+        assert all(x.shape == (48, 64) and x.dtype == np.float32 and np.isfinite(x).all() for x in drawn)
