@@ -40,7 +40,7 @@ from readers.dicom import is_dicom, read_dicom  # noqa: E402
 from readers.pictures import gray_to_rgb, read_image  # noqa: E402
 from readers.volumes import Grid, first_bytes, gray, is_nifti, read_values, write_nifti  # noqa: E402
 from runs import default_checkpoint, load_checkpoint  # noqa: E402
-from texts import Texts  # noqa: E402
+from texts import Texts, own_texts  # noqa: E402
 
 CLICKS = ("inside the structure", "outside of it")
 STYLE = """#image img, #mask img {width: 100%; height: 100%; object-fit: contain}
@@ -92,17 +92,19 @@ DRAG = """() => {
 }"""
 
 
-def load(checkpoint, **given):
-    """-> (model, the data set whose texts it knows, a line that says what it is)."""
+def load(checkpoint, dataset=None, **given):
+    """-> (model, its Texts, or those of a data set, a line that says what it is)."""
     try:
         checkpoint = checkpoint or default_checkpoint()
     except InputError:  # nothing trained yet
         about = ("**untrained**: the texts do nothing yet, and it gives the masks of LiteMedSAM, which needs a box; "
                  "`make demo` trains a small one")
-        return MedSegR(Config(**LIGHT | {k: v for k, v in given.items() if v})).eval(), "synapse", about
+        model = MedSegR(Config(**LIGHT | {k: v for k, v in given.items() if v})).eval()
+        return model, Texts(dataset or "synapse"), about
     model, record = load_checkpoint(checkpoint, **given)
-    dataset = record.get("dataset")
-    return model, dataset or "synapse", f"{checkpoint}, trained on {dataset or 'unknown data'}"
+    trained = record.get("dataset")
+    texts = Texts(dataset or trained or "synapse", own_texts(record) if dataset in (None, "folder") else None)
+    return model, texts, f"{checkpoint}, trained on {trained or 'unknown data'}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,9 +299,8 @@ def find_all(model, scan, window, clicks, name, texts, precision="float32"):
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
-def build(model, dataset, about, precision="float32"):
+def build(model, texts, about, precision="float32"):
     """The page."""
-    texts = Texts(dataset)
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
     first_modality = texts.modalities(first)[0] or "ct"
 
@@ -419,7 +420,7 @@ def main():
     add("--port", type=number(1, 65535, int), default=7860)
     add_precision_flag(parser, auto=True)
     args = parser.parse_args()
-    model, dataset, about = load(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
+    model, texts, about = load(args.checkpoint, args.dataset, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{about}\n{model.describe()}", flush=True)
     precision = choose_precision(model, args.precision)
@@ -427,7 +428,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the folder as well
     with tempfile.TemporaryDirectory(prefix="medsegr-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(model, args.dataset or dataset, about, precision)
+        page = build(model, texts, about, precision)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
                         max_file_size=MOST_BYTES, css=STYLE, js=DRAG, quiet=True, run_history=False,

@@ -1,6 +1,7 @@
 """The page: what is uploaded to it, and, in a real headless browser, the first mask, clicks, a box, other texts, bad
 uploads, and a volume from its upload to the file with its mask."""
 import io
+import json
 import os
 import re
 import shutil
@@ -468,5 +469,13 @@ def test_bad_flags_are_named(flags, monkeypatch):
 def test_nothing_trained_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("runs.WEIGHTS", tmp_path / "none.safetensors")
-    model, dataset, about = app.load(None)
-    assert dataset == "synapse" and "untrained" in about and isinstance(model, torch.nn.Module)
+    model, texts, about = app.load(None)
+    assert texts.name == "synapse" and "untrained" in about and isinstance(model, torch.nn.Module)
+
+
+def test_a_model_of_ones_own_data_brings_its_own_texts(model, tmp_path):
+    words = {"position": ["behind"], "texture": ["dark"], "shape": ["round"]}
+    (tmp_path / "own.json").write_text(json.dumps({"folder": {"cyst": words}}))
+    save_checkpoint(model[0], tmp_path / "last.safetensors", dataset="folder",
+                    arguments=dict(attributes_file=str(tmp_path / "own.json")))
+    assert list(app.load(tmp_path)[1].classes) == ["cyst"] and "liver" in app.load(tmp_path, "synapse")[1].classes
