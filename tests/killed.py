@@ -1,7 +1,8 @@
 """python tests/killed.py N FLAGS: runs train.py FLAGS, killing it N times with SIGKILL, and resumes it each time.
 
 A quarter of the kills come at a random time, the others when one of the files is seen half-written. A run that ends by
-itself before the last kill is begun anew.
+itself before the last kill is begun anew; one that got no further since the last kill, as on a busy machine, gets more
+time before the next.
 """
 import os
 import random
@@ -46,13 +47,13 @@ def ended(child):
 
 
 kills, flags = int(sys.argv[1]), sys.argv[2:]
-out, rng, killed = Path(flags[flags.index("--out") + 1]), random.Random(0), 0
+out, rng, killed, span, last = Path(flags[flags.index("--out") + 1]), random.Random(0), 0, 3.0, None
 while killed < kills:
     child, seen = start(), "a random moment"
-    began, pause, wanted = time.time(), rng.uniform(0, 3), ("", "training", "last", "best")[killed % 4]
+    began, pause, wanted = time.time(), rng.uniform(0, span), ("", "training", "last", "best")[killed % 4]
     while not (done := ended(child)):
         if time.time() - began > pause:
-            if not wanted or time.time() - began > 8:
+            if not wanted or time.time() - began > 3 * span:
                 break
             if list(out.glob(f"{wanted}*.part")):
                 seen = f"{wanted}.safetensors half-written"
@@ -66,6 +67,7 @@ while killed < kills:
     os.waitpid(child, 0)
     killed += 1
     rows = (out / "log.csv").read_text().splitlines() if (out / "log.csv").is_file() else []
+    span, last = 3.0 if rows != last else min(2 * span, 60), rows
     print(f"killed at {seen}, log at: {rows[-1][:30] if rows else 'nothing'}", flush=True)
 child = start()
 while not ended(child):

@@ -250,7 +250,8 @@ def test_predict_writes_it(model, tmp_path, monkeypatch, capsys):
     """Beside the NIfTI label, as the same mask; a claim holds it like any result."""
     folder = series(tmp_path / "s", **SERIES["oblique and tilted"], **STUDY)
     label = np.random.default_rng(0).integers(0, 3, (6, 5, 7)).astype(np.uint8)
-    monkeypatch.setattr(inference, "predict_volume", lambda model, volume, *a, **k: label.reshape(volume.shape))
+    monkeypatch.setattr(inference, "predict_volume", lambda model, volume, *a, **k: (
+        label.reshape(volume.shape), np.ones(label.max())))
     ask = lambda path, *flags: command(monkeypatch, model[1], path, "--target", "liver", "--target", "spleen",
                                        "--dicom-seg", "--out", tmp_path / "o", *flags)
     ask(folder)
