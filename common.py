@@ -303,6 +303,17 @@ def model_options(args):
     return (LIGHT if args.light else {}) | {k: getattr(args, k) for k in given if getattr(args, k) is not None}
 
 
+def add_target_flags(parser):
+    """The flags of predict.py and export.py that say which model is asked for what."""
+    add = parser.add_argument
+    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else, for CT, weights/'s)")
+    add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
+    for kind in ATTRIBUTES:
+        add(f"--{kind}", help=f"in place of --target: the structure's {kind} in your own words")
+    add("--dataset", help="whose texts --target takes (default: the checkpoint's)")
+    add("--attributes-file", help="a JSON file of texts in place of attributes.json")
+
+
 def add_precision_flag(parser, auto=False):
     """auto: the default is what is faster, see inference.choose_precision."""
     kinds, default = ("float32", "bfloat16", "float16"), "bfloat16" if torch.cuda.is_available() else "float32"

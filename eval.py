@@ -19,7 +19,7 @@ from common import (InputError, Parser, add_model_flags, add_runtime_flags, make
                     start_processes, write_atomically)
 from data import PROMPTS, SPLITS, add_data_flags, dataset_options, open_dataset, open_texts
 from encoders import FeatureCache, fingerprint
-from inference import Predictor, answers, by_class, label_maps, largest_components, original_image, predict
+from inference import UNSURE, Predictor, answers, by_class, label_maps, largest_components, original_image, predict
 from medsegr import Config, MedSegR
 from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
                      summarise, with_none)
@@ -150,7 +150,7 @@ def parse():
         help="the mean over up to N wordings of a class's texts")
     add("--largest-component", action="store_true", help="of each class in a volume, keep the largest part alone")
     add("--min-iou", type=number(0, 1), default=0.0,
-        help="a target's answer counts as none where the model expects a lower IoU of it; predict.py's is 0.4")
+        help=f"a target's answer counts as none where the model expects a lower IoU of it; predict.py's is {UNSURE}")
     add("--limit", type=int, help="only the first N slices")
     add("--seed", type=int, default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 import ops
-from common import ATTRIBUTES, InputError, Parser, make_folder, number, run, write_atomically
+from common import ATTRIBUTES, InputError, Parser, add_target_flags, make_folder, number, run, write_atomically
 from data import VARIATION
 from inference import predict_image, wordings
 from medsegr import Priors
@@ -198,7 +198,7 @@ class OnnxModel:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def seconds(model, exported, turns=3, clock=time.perf_counter):
+def seconds(model, exported, turns=3):
     """What an image and its targets take, {way: seconds}: the median of turns by turns, on this machine."""
     S, boxes, times = model.config.image_size, None, {}
     image = np.random.default_rng(0).integers(0, 256, (S, S, 3), dtype=np.uint8)
@@ -207,22 +207,17 @@ def seconds(model, exported, turns=3, clock=time.perf_counter):
     ways = {f"PyTorch in {kind}": (model, kind) for kind in ("float32", "bfloat16")} | {"ONNX": (exported, "float32")}
     for turn in range(turns + 1):
         for way, (asked, precision) in ways.items():
-            started = clock()
+            started = time.perf_counter()
             predict_image(asked, image, exported.texts, boxes, precision=precision)
             if turn:  # the first one warms up
-                times.setdefault(way, []).append(clock() - started)
+                times.setdefault(way, []).append(time.perf_counter() - started)
     return {way: statistics.median(t) for way, t in times.items()}
 
 
 def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else, for CT, weights/'s)")
-    add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
-    for kind in ATTRIBUTES:
-        add(f"--{kind}", help=f"in place of --target: the structure's {kind} in your own words")
-    add("--dataset", help="whose texts --target takes (default: the checkpoint's)")
-    add("--attributes-file", help="a JSON file of texts in place of attributes.json")
+    add_target_flags(parser)
     add("--mean-wordings", type=number(1, 100, int), default=1, metavar="N",
         help="for predict.py with the same flag: up to N wordings of a target's texts")
     add("--modality", default="ct", choices=VARIATION)

@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ATTRIBUTES, InputError, Parser, add_precision_flag, alone_in, make_folder, number, read_json,
-                    read_text, run, visible, whole, write_atomically, writing)
+from common import (ATTRIBUTES, InputError, Parser, add_precision_flag, add_target_flags, alone_in, make_folder, number,
+                    read_json, read_text, run, visible, whole, write_atomically, writing)
 from data import VARIATION
 from readers.dicom import NOTES, is_dicom, is_image, load, read_dicom
 from readers.pictures import SUFFIXES, picture_format, read_image
@@ -47,12 +47,7 @@ def parse():
     add("inputs", nargs="+", type=Path, metavar="INPUT",
         help="a PNG or JPEG, a NIfTI volume (.nii, .nii.gz), a DICOM file or the folder of a series; a folder of these "
         "at any depth; or @LIST, a text file with one of them a line")
-    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else, for CT, weights/'s)")
-    add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
-    for kind in ATTRIBUTES:
-        add(f"--{kind}", help=f"in place of --target: the structure's {kind} in your own words")
-    add("--dataset", help="whose texts --target takes (default: the checkpoint's)")
-    add("--attributes-file", help="a JSON file of texts in place of attributes.json")
+    add_target_flags(parser)
     add("--texts", help="a JSON lines file of texts for this image, as report.py writes it; NAME is the file's")
     add("--mean-wordings", type=number(1, 100, int), default=1, metavar="N",
         help="the mean over up to N wordings of a target's texts")
