@@ -100,6 +100,7 @@ class Dataset:
     def __init__(self, source, image_size, fraction, limit, seed):
         self.source, self.image_size, self.seed = source, image_size, seed
         self.name, self.classes, self.volumes = source.name, source.classes, source.volumes
+        self.sources, self.pairs = [source], source.pairs
         self.kept = max(1, round(len(source) * fraction))
         self.step, self.phase = len(source) / self.kept, seeded("fraction", seed).random()
         self.length = min(self.kept, limit or self.kept)
@@ -140,6 +141,56 @@ class Dataset:
         if number:
             return vary(sample, texts, seeded("view", self.seed, sample.key, number))
         return replace(sample, truth=np.zeros((len(sample.targets), 0, 0), bool))
+
+
+class Joined:
+    """Several data sets as one to train with, each drawn from equally often: image n is the next one of data set n mod k,
+    and a smaller one begins anew where it ends. Otherwise as Dataset."""
+    volumes = False
+
+    def __init__(self, datasets):
+        self.datasets, self.image_size = datasets, datasets[0].image_size
+        self.sources = [dataset.source for dataset in datasets]
+        self.classes = tuple(dict.fromkeys(name for dataset in datasets for name in dataset.classes))
+        self.pairs = tuple(dict.fromkeys(pair for dataset in datasets for pair in dataset.pairs))
+
+    def __len__(self):
+        return len(self.datasets) * max(map(len, self.datasets))
+
+    def of(self, n):
+        """-> (data set, number in it) of image n."""
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        row, which = divmod(n, len(self.datasets))
+        return self.datasets[which], row % len(self.datasets[which])
+
+    def key(self, n):
+        dataset, i = self.of(n)
+        return f"{dataset.name}/{dataset.key(i)}"
+
+    def stamp(self, n, number=0):
+        dataset, i = self.of(n)
+        return dataset.stamp(i, number)
+
+    def __getitem__(self, n):
+        dataset, i = self.of(n)
+        return dataset[i]
+
+    def view(self, n, number, texts):
+        dataset, i = self.of(n)
+        return dataset.view(i, number, texts)
+
+
+def open_datasets(names, roots=None, *args, **options):
+    """open_dataset, of one name or of several with commas between them -> Dataset or Joined."""
+    names, roots = names.split(","), roots.split(",") if roots else []
+    if roots and len(roots) != len(names):
+        raise InputError(f"--data: {len(roots)} folders for {len(names)} data sets; give one for each, with commas "
+                         "between them")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--dataset: {twice[0]} is named twice; name it once")
+    datasets = [open_dataset(name, root, *args, **options) for name, root in zip(names, roots or [None] * len(names))]
+    return datasets[0] if len(datasets) == 1 else Joined(datasets)
 
 
 def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, limit=None, seed=0, **options):
@@ -530,7 +581,7 @@ class Batches(torch.utils.data.Dataset):
 def add_data_flags(parser):
     """The flags that say which data, in train.py, eval.py, and here."""
     add = parser.add_argument
-    add("--dataset", help=", ".join(SOURCES))
+    add("--dataset", help=", ".join(SOURCES) + "; in training several, with commas between them")
     add("--data", help="folder of the data (default: data/<dataset>)")
     add("--axes", choices=("xyz", "z"),
         help="kits19: xyz, slices along the three axes (default), or z, whole volumes of axial slices")
@@ -549,7 +600,7 @@ def dataset_options(args):
 
 
 def open_texts(args):
-    """The Texts that the flags name. --dataset folder has its own in DIR/attributes.json, and this becomes the value of
+    """The Texts that the flags name, of several data sets the last one's. --dataset folder has its own in DIR/attributes.json, and this becomes the value of
     --attributes-file, so that a checkpoint remembers it."""
     if args.dataset == "folder" and not args.attributes_file:
         path = Path(args.data or "data/folder") / "attributes.json"
@@ -557,7 +608,7 @@ def open_texts(args):
             raise InputError(f"{path}: missing; python data.py stats --dataset folder --data {path.parent} writes a "
                              "form for the texts of its classes")
         args.attributes_file = str(path)
-    return Texts(args.dataset, args.attributes_file, args.texts)
+    return Texts(args.dataset.split(",")[-1], args.attributes_file, args.texts)
 
 
 def open_or_draft_texts(args, source):

@@ -367,15 +367,16 @@ class TextEncoder(nn.Module):
         """N strings -> tokens after the final norm [N,L,d] (zero after the end of text), valid bool [N,L]."""
         tower = self.tower
         ids = self.tokenizer([readable(text) for text in texts]).to(next(tower.parameters()).device)
-        if hasattr(tower, "ln_final"):  # CLIP's own transformer
-            x = tower.token_embedding(ids) + tower.positional_embedding[:ids.shape[1]]
-            x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
-            end = ids.argmax(1, keepdim=True)  # CLIP's end-of-text token has the largest id
-            valid = torch.arange(ids.shape[1], device=ids.device) <= end
+        clip = hasattr(tower, "ln_final")  # CLIP's own transformer, whose end-of-text token has the largest id
+        valid = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True) if clip else \
+            ids != tower.config.pad_token_id
+        n = int(valid.sum(1).max())  # what is behind the longest text would be computed for nothing
+        if clip:
+            x = tower.token_embedding(ids[:, :n]) + tower.positional_embedding[:n]
+            x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
         else:  # a Hugging Face tower, such as BiomedCLIP's
-            valid = ids != tower.config.pad_token_id
-            x = tower.transformer(input_ids=ids, attention_mask=valid.long()).last_hidden_state
-        return x.float() * valid[..., None], valid
+            x = tower.transformer(input_ids=ids[:, :n], attention_mask=valid[:, :n].long()).last_hidden_state
+        return F.pad(x.float() * valid[:, :n, None], (0, 0, 0, ids.shape[1] - n)), valid
 
     def tokens(self, text):
         """A string -> tokens [n,d], without what follows the end of text. Each text is encoded alone, so that rounding
@@ -384,15 +385,29 @@ class TextEncoder(nn.Module):
         if key in self.kept:
             entry = self.kept.pop(key)
         else:
-            with torch.autocast(key[1].type, enabled=False):  # for texts this short, casting the weights costs more
-                tokens, valid = (x[0] for x in self([text]))
-            entry = tokens[:int(valid.nonzero().max()) + 1].clone()
-            if len(entry) == self.context:
-                self.report_cut(text)
+            entry = self.encode([text])[0]
         self.kept[key] = entry  # the last used stands last
         if len(self.kept) > KEPT_TEXTS:
             del self.kept[next(iter(self.kept))]
         return entry
+
+    def encode(self, texts):
+        """N strings -> N tensors [n,d]."""
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False):  # for texts this short, casting the weights costs more
+            tokens, valid = self(texts)
+        found = [x[:n].clone() for x, n in zip(tokens, valid.sum(1).tolist())]
+        for text, entry in zip(texts, found):
+            if len(entry) == self.context:
+                self.report_cut(text)
+        return found
+
+    def keep(self, texts, batch=64):
+        """Encodes many texts ahead, for `tokens` to find: one by one all of attributes.json takes a GPU a minute."""
+        device, texts = next(self.parameters()).device, sorted(set(texts), key=lambda text: (len(text), text))
+        for start in range(0, min(len(texts), KEPT_TEXTS), batch):
+            part = texts[start:start + batch]
+            self.kept |= {(text, device): entry for text, entry in zip(part, self.encode(part))}
 
     def beyond(self, text):
         """The words of a text that the tower has no room for, from the first one that is not read to its end."""

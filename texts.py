@@ -123,6 +123,10 @@ class Texts:
             for kind in ATTRIBUTES:
                 yield from own.get(kind) or self.wordings(target, sample.modality, kind)
 
+    def every(self):
+        """Every text of the file, and of single images."""
+        return strings([self.entries[name] for name in self.described] + list(self.images.values()))
+
     def modalities(self, target):
         """The modalities that a class has texts for; [None] where nothing depends on it."""
         known = self.classes[target] if isinstance(self.classes[target], dict) else {}
@@ -187,6 +191,14 @@ def known_names(name, names):
 def draw_any(sources, rng):
     """The texts of one of several sources, functions of rng."""
     return sources[rng.integers(len(sources))](rng=rng)
+
+
+def strings(value):
+    """Every string in dicts and lists of whatever depth."""
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings(part)
 
 
 def are_texts(value):

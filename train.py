@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import (ATTRIBUTES, InputError, Parser, Signals, Stopped, add_model_flags, add_runtime_flags,
                     leave_group, make_folder, model_options, number, positive_int, run, start_processes, total)
-from data import PROMPTS, Batches, add_data_flags, dataset_options, move, open_dataset, open_texts
+from data import PROMPTS, Batches, add_data_flags, dataset_options, move, open_datasets, open_texts
 from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
 from losses import PARTS, Objective
@@ -70,14 +70,14 @@ def set_up(args, rank, world, device, signals):
     config = Config(**model_options(args), **{k: getattr(args, k) for k in (
         "feature_grid", "attributes", "priors", "cognitive", "perceptual", "caa", "sentence", "branches",
         "position_grid", "offset_grid", "adapter", "align", "tune_encoder", "lora_rank")})
-    train_set = open_dataset(args.dataset, args.data, "train", config.image_size, args.fraction, args.limit, args.seed,
-                             **dataset_options(args))
-    r.val_set = open_dataset(args.dataset, args.data, "val", config.image_size, **dataset_options(args))
+    train_set = open_datasets(args.dataset, args.data, "train", config.image_size, args.fraction, args.limit, args.seed,
+                              **dataset_options(args))
+    r.val_set = open_datasets(args.dataset, args.data, "val", config.image_size, **dataset_options(args))
     r.val_rows = np.unique(np.linspace(0, len(r.val_set) - 1, args.val_slices).round().astype(int)).tolist()
     r.val_prompt = "none" if args.prompt == "mixed" else args.prompt
     r.texts = open_texts(args)
-    r.texts.check(train_set.source.pairs)
-    if unused := r.texts.unused([train_set.source, r.val_set.source]):
+    r.texts.check(train_set.pairs)
+    if unused := r.texts.unused([*train_set.sources, *r.val_set.sources]):
         r.say(unused)
     if any(flag.split("=")[0] == "--decoder-lr" for flag in sys.argv):
         r.say("--decoder-lr is called --decoder-lr-scale now; the old name still works")
@@ -90,6 +90,8 @@ def set_up(args, rank, world, device, signals):
     r.say(model.describe())
     r.say(f"{args.dataset}: {len(train_set)} training images, {len(r.val_rows)} of {len(r.val_set)} validation images; "
           f"{world} process(es) on {device}")
+    if device.type == "cuda" and model.clip and not args.sentence:
+        model.clip.keep(r.texts.every())
     encode_ahead(r, train_set)
 
     r.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.decoder_lr_scale), lr=args.lr,
@@ -257,7 +259,7 @@ def validate(r):
     held-out ones, and how far apart the priors of the classes are."""
     found = dict(val_dice=pooled_dice(r, r.texts))
     if r.model.cognitive:
-        found["val_dice_held"] = pooled_dice(r, Rephrased(r.texts, "reworded", r.val_set.source.pairs))
+        found["val_dice_held"] = pooled_dice(r, Rephrased(r.texts, "reworded", r.val_set.pairs))
     return found | spread_of_priors(r)
 
 
@@ -283,7 +285,7 @@ def pooled_dice(r, texts):
 def spread_of_priors(r):
     """How well T_attr tells the classes apart: the mean cosine between two of them, layer-normed, and the effective
     rank of all (e to the entropy of the normalised singular values of the centred priors). A collapse is 1 and 1."""
-    pairs = list(dict.fromkeys(r.val_set.source.pairs))
+    pairs = list(dict.fromkeys(r.val_set.pairs))
     if not r.model.cognitive or len(pairs) < 2:
         return {}
     T = r.model.semantic_prior([r.texts(*pair) for pair in pairs]).double()
@@ -301,7 +303,7 @@ def checkpoint(r, found):
     if r.rank == 0:
         step = r.progress["step"]
         r.log.add(step=step, epoch=(step - 1) // r.batches.per_epoch, prompt=r.val_prompt, **found)
-        record = dict(dataset=r.args.dataset, step=step, val_dice=found["val_dice"], arguments=vars(r.args))
+        record = dict(dataset=r.texts.name, step=step, val_dice=found["val_dice"], arguments=vars(r.args))
         for name in ("best", "last") if best else ("last",):
             save_checkpoint(r.model, r.out / f"{name}.safetensors", **record)
         r.log.draw()

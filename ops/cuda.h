@@ -33,6 +33,17 @@ constexpr int BLOCKS = 1024;      // so many give each of the 132 multiprocessor
 constexpr int SHARED = 48 << 10;  // bytes of shared memory that any block may have
 constexpr int LARGEST = 9;        // kernel size that is compiled as a constant
 
+// Messages are one string each: TORCH_CHECK with several parts, or with a number, puts them together in a stream of the
+// C++ library, and on a machine with g++ 13.3, nvcc 13.0 and PyTorch 2.11 that was a segmentation fault.
+inline void check_dtype(const Tensor& x) {
+  const auto type = x.scalar_type();
+#ifdef MEDSEGR_HOST
+  if (type == at::kDouble) return;
+#endif
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                    "x must be float32, float16 or bfloat16");
+}
+
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // Rows in which a column of a k x k kernel is stored, with zeros at the end: 16 bytes are read at once, and sizes above
@@ -44,7 +55,7 @@ template <typename... P, typename... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... args) {
   kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(static_cast<P>(args)...);
   const cudaError_t error = cudaGetLastError();
-  TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+  TORCH_CHECK(error == cudaSuccess, std::string(name) + ": " + cudaGetErrorString(error));
 }
 
 // dynamic shared memory; its size is given at the launch

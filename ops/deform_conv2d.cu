@@ -219,6 +219,7 @@ struct Arguments {
   bool shared;
   Arguments(const Tensor& x_, const Tensor& offset_, const Tensor& weight_)
       : x(x_.contiguous()), offset(offset_.contiguous()), weight(weight_.contiguous()) {
+    check_dtype(x);
     TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 3, "deform_conv2d: x must be [M,C,H,W] and weight [M,k,k]");
     TORCH_CHECK(offset.device() == x.device() && weight.device() == x.device(), "deform_conv2d: several devices");
     M = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2), parts = ceil_div(H * W, PIXELS);

@@ -152,14 +152,16 @@ void backward(const Plane<T>& s, int64_t M, int64_t C, int64_t blocks, const sca
 // index int64 [M] or None, made contiguous and checked
 Tensor checked(const Optional& index, int64_t M, int64_t B) {
   if (!index) {
-    TORCH_CHECK_VALUE(M == B, "dynamic_conv2d: ", M, " kernels for ", B, " images, and no index");
+    TORCH_CHECK_VALUE(M == B, "dynamic_conv2d: M kernels need an int64 index [M], or as many images");
     return Tensor();
   }
-  TORCH_CHECK_VALUE(index->scalar_type() == at::kLong && index->numel() == M, "dynamic_conv2d: index: int64 [M]");
+  TORCH_CHECK_VALUE(index->scalar_type() == at::kLong && index->numel() == M,
+                    "dynamic_conv2d: M kernels need an int64 index [M], or as many images");
   const Tensor i = index->contiguous();
   for (int64_t m = 0; m < M; ++m) {
     const int64_t b = i.const_data_ptr<int64_t>()[m];
-    TORCH_CHECK_INDEX(b >= 0 && b < B, "dynamic_conv2d: index ", b, " is not one of ", B, " images");
+    TORCH_CHECK_INDEX(b >= 0 && b < B, "dynamic_conv2d: index " + std::to_string(b) + " is not one of " +
+                                           std::to_string(B) + " images");
   }
   return i;
 }

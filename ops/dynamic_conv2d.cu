@@ -150,6 +150,7 @@ struct Arguments {
 
   Arguments(const Tensor& x_, const Tensor& weight_, const Optional& gate_, const Optional& index_)
       : x(x_.contiguous()), weight(weight_.contiguous()) {
+    check_dtype(x);
     TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 3 && weight.size(1) == weight.size(2) && weight.size(2) % 2 == 1,
                       "dynamic_conv2d: x must be [B,C,H,W] and weight [M,k,k], k odd");
     B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), M = weight.size(0), k = weight.size(2);
@@ -157,7 +158,7 @@ struct Arguments {
     if (index_) index = index_->contiguous();
     TORCH_CHECK_VALUE(!gate_ || gate.sizes() == at::IntArrayRef({M, H, W}), "dynamic_conv2d: gate must be [M,H,W]");
     TORCH_CHECK_VALUE(index_ ? index.scalar_type() == at::kLong && index.sizes() == at::IntArrayRef({M}) : M == B,
-                      "dynamic_conv2d: ", M, " kernels need an int64 index [M], or as many images");
+                      "dynamic_conv2d: M kernels need an int64 index [M], or as many images");
     TORCH_CHECK_INDEX(M == 0 || B > 0, "dynamic_conv2d: there are no images");
     TORCH_CHECK_VALUE(M <= INT_MAX, "dynamic_conv2d: too many targets");
     for (const Tensor& other : {weight, gate, index})

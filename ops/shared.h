@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <optional>
+#include <string>
 #include <type_traits>
 
 namespace medsegr {

@@ -2,6 +2,7 @@
 wrapper. A one-line library stands for the real sources, which tests/test_ops.py builds."""
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,27 @@ def test_the_toolkit_is_found_behind_a_wrapper(tmp_path, monkeypatch):
     home = build.cuda_home()
     build.cuda_home.cache_clear()
     assert os.path.isfile(f"{home}/bin/nvcc") and os.path.isdir(f"{home}/include") and str(tmp_path) not in home
+
+
+def arguments(call):
+    """The arguments of a call in C++, from behind its bracket to the one that closes it."""
+    depth, quoted, found = 0, False, [""]
+    for before, c in zip(" " + call, call):
+        quoted ^= c == '"' and before != "\\"
+        depth += 0 if quoted else (c in "([{") - (c in ")]}")
+        if depth < 0:
+            return found
+        found = [*found, ""] if c == "," and not depth and not quoted else [*found[:-1], found[-1] + c]
+
+
+def test_messages_are_one_string():
+    """More parts are put together in a stream, which crashed on a GPU machine, see ops/cuda.h."""
+    assert arguments('a == f(b, c), "d, \\", e", g) + h') == ["a == f(b, c)", ' "d, \\", e"', " g"]
+    calls = [call for file in ROOT.glob("ops/*.[ch]*")
+             for call in re.split(r"TORCH_CHECK(?:_VALUE|_INDEX)?\(", file.read_text())[1:]]
+    assert len(calls) > 15
+    for call in calls:
+        assert len(arguments(call)) == 2 and '"' in arguments(call)[1], call[:150]
 
 
 def test_architectures(monkeypatch):

@@ -315,6 +315,8 @@ def test_wrong_arguments_are_refused(kernels):
                           ("dynamic_conv2d", x, z(2, 3, 3, dtype=torch.float16), None, None),
                           ("dynamic_conv2d", x, z(2, 201, 201), None, None),
                           ("dynamic_conv2d", x[:0], z(2, 3, 3), None, index),
+                          ("dynamic_conv2d", x.int(), z(2, 3, 3), None, None),
+                          ("deform_conv2d", x.int(), z(2, 18, 1, 1), z(2, 3, 3)),
                           ("dynamic_conv2d_backward", z(2, 3, 5, 4), x, z(2, 3, 3), None, None, *needs),
                           ("deform_conv2d", x, z(2, 18, 4, 4), z(2, 3, 3)),
                           ("deform_conv2d", x, z(2, 8, 1, 1), z(2, 2, 2)),
