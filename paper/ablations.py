@@ -17,6 +17,7 @@ import pandas as pd
 
 from common import ATTRIBUTES, InputError, locked, make_folder, read_json, write_atomically
 from medsegr import BRANCHES
+from metrics import bootstrap_means
 from paper.tables import NUMBERS, markdown, show
 
 ROOT = Path(__file__).resolve().parent.parent  # where train.py and eval.py lie
@@ -115,30 +116,59 @@ def report(chosen, seeds, out):
     """Prints and writes the tables of what is there."""
     text, numbers = "", {}
     for table, rows in chosen.items():
-        found = {row: [json.loads(f.read_text()) for seed in seeds
-                       if (f := out / folder_name(flags) / f"seed{seed}" / "eval.json").is_file()]
+        found = {row: {seed: json.loads(f.read_text()) for seed in seeds
+                       if (f := out / folder_name(flags) / f"seed{seed}" / "eval.json").is_file()}
                  for row, flags in rows.items()}
-        numbers[table] = {row: [e["table"]["mean"]["dice_strict"] for e in each] for row, each in found.items()}
-        about = next((each[0] for each in found.values() if each), {})
-        text += table_text(table, numbers[table], about) + "\n"
+        numbers[table] = {row: [e["table"]["mean"]["dice_strict"] for e in each.values()]
+                          for row, each in found.items()}
+        about = next((e for each in found.values() for e in each.values()), {})
+        full = found[list(rows)[-1]]
+        text += table_text(table, numbers[table], {row: interval(each, full) for row, each in found.items()}, about) + "\n"
     print(text)
     write_atomically(out / "tables.md", text.encode())
     write_atomically(out / "tables.json", json.dumps(numbers, indent=1).encode())
 
 
-def table_text(table, numbers, about):
-    """Markdown: mean Dice over the seeds, its standard deviation, and how far each row lies from the last one, here and
-    in the paper, whose data are others."""
+def interval(row, full, draws=2000):
+    """{seed: eval.json} of two rows -> the 95 % interval of the difference of their mean strict Dice, or None where a
+    data set has a single case. Paired bootstrap over the cases: each keeps its structures, and of each structure the
+    difference, the mean over the seeds that both rows have."""
+    parts = []
+    for seed in row.keys() & full.keys():
+        ours, theirs = (score_rows(e) for e in (row[seed], full[seed]))
+        parts.append((ours - theirs).dropna())
+    if not parts or all(part.empty for part in parts):
+        return None
+    difference = pd.concat(parts).groupby(level=["case", "target"]).agg(["sum", "count"])
+    sums, counts = (difference[column].unstack().fillna(0).to_numpy() for column in ("sum", "count"))
+    return bootstrap_means(sums, counts, n=draws)[-1]
+
+
+def score_rows(evaluation):
+    """An eval.json -> strict Dice by (case, target, image, number among equal ones)."""
+    table = pd.DataFrame(evaluation.get("volumes") or evaluation.get("targets") or {}, columns=[
+        "case", "target", "image", "dice_strict"])
+    keys = ["case", "target", "image"]
+    if evaluation.get("volumes"):
+        table["image"] = ""  # the slice that shows a volume best is no part of what it is
+    table["n"] = table.groupby(keys).cumcount()
+    return table.set_index([*keys, "n"])["dice_strict"].astype(float)
+
+
+def table_text(table, numbers, intervals, about):
+    """Markdown: mean Dice over the seeds, its standard deviation, and how far each row lies from the last one, with its
+    95 % interval, here and in the paper, whose data are others."""
     paper = NUMBERS["tables"].get(table)
     if not paper or paper["rows"].keys() != numbers.keys():
         paper = dict(datasets=(), rows={})
-    heads = ["row", "Dice", "± sd", "seeds", "to the last row", *(f"paper, {name}*" for name in paper["datasets"]),
+    heads = ["row", "Dice", "± sd", "seeds", "to the last row", "95 % interval", *(f"paper, {name}*" for name in paper["datasets"]),
              *("to the last row*" for _ in paper["datasets"])]
     dice = {row: 100 * pd.Series(values, dtype=float) for row, values in numbers.items()}  # NaN: of too few seeds
     full, rows = list(numbers)[-1], []
     for row, values in dice.items():
         difference = values.mean() - dice[full].mean()
-        cells = [row, show(values.mean()), show(values.std()), str(len(values) or "-"), show(difference, "+.2f")]
+        cells = [row, show(values.mean()), show(values.std()), str(len(values) or "-"), show(difference, "+.2f"),
+                 " to ".join(f"{100 * edge:+.2f}" for edge in intervals[row]) if row != full and intervals[row] else "-"]
         if row in paper["rows"]:
             theirs = np.array(paper["rows"][row])
             cells += [*map(show, theirs), *(show(v, "+.2f") for v in theirs - paper["rows"][full])]

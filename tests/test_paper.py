@@ -106,7 +106,7 @@ def test_tables_row_by_row(fake, tmp_path, capsys):
     assert {len(v) for rows in numbers.values() for v in rows.values()} == {2} and len(numbers["5"]) == 5
     text = (tmp_path / "out/tables.md").read_text()
     full = 100 * np.mean(numbers["5"]["cognitive+perceptual+caa"])
-    assert f"| cognitive+perceptual+caa | {full:.2f} |" in text and "| +0.00 | 88.23 | 87.69 | +0.00 | +0.00 |" in text
+    assert f"| cognitive+perceptual+caa | {full:.2f} |" in text and "| +0.00 | - | 88.23 | 87.69 | +0.00 | +0.00 |" in text
     assert text in capsys.readouterr().out
     fails(lambda: make("5", train=("--max-steps", "2")), "settings.json", "--out")
 
@@ -119,6 +119,36 @@ def test_a_row_is_made_by_one_process(fake, tmp_path, capsys):
     assert len(calls) == 2 * 4 and "other processes" in capsys.readouterr().out
     ablations.run_tables(["5"], [0], tmp_path, [], [], [])
     assert len(calls) == 2 * 5
+
+
+def strict(dice):
+    """{(case, target): strict Dice} -> what of eval.py's JSON the tables read, of images; NaN as None."""
+    rows = [dict(case=case, target=target, image=case, dice_strict=None if np.isnan(v) else v)
+            for (case, target), v in dice.items()]
+    return dict(volumes=None, targets={key: [row[key] for row in rows] for key in rows[0]})
+
+
+def test_intervals_are_paired_over_cases():
+    """Cases that differ much, but by the same in both rows: a paired interval sees it, and agrees with draws by hand."""
+    rng = np.random.default_rng(0)
+    cases = [f"{n}" for n in range(12)]
+    base = {(case, target): rng.random() * 0.6 for case in cases for target in ("a", "b") if rng.random() < 0.9}
+    full = {seed: strict({k: v + 0.2 for k, v in base.items()}) for seed in (0, 1)}
+    low, high = ablations.interval({0: strict(base), 2: strict(base)}, full)
+    assert low == pytest.approx(-0.2) and high == pytest.approx(-0.2)
+    noisy = {k: v + rng.normal(0, 0.1) for k, v in base.items()}
+    low, high = ablations.interval({1: strict(noisy)}, {1: strict(base)})
+    draws = []
+    for _ in range(4000):
+        drawn = rng.choice(cases, len(cases))
+        values = {t: [noisy[c, t] - base[c, t] for c in drawn if (c, t) in base] for t in ("a", "b")}
+        draws.append(np.mean([np.mean(v) for v in values.values()]))
+    assert np.allclose((low, high), np.quantile(draws, (0.025, 0.975)), atol=0.006)
+    missing = base | {("0", "a"): float("nan")}
+    assert ablations.interval({0: strict(missing)}, {0: strict(base)}) == (0, 0)
+    assert ablations.interval({0: strict(base)}, {1: strict(base)}) is None  # no seed in common
+    one = {("0", "a"): 0.5}
+    assert ablations.interval({0: strict(one)}, {0: strict(one)}) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"a": 1}', '{"a": [1]}'])
