@@ -31,8 +31,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import plots  # noqa: E402
-from common import ATTRIBUTES, LIGHT, InputError, Parser, add_precision_flag, number, run  # noqa: E402
-from data import VARIATION  # noqa: E402
+from common import ATTRIBUTES, LIGHT, MODALITIES, InputError, Parser, add_precision_flag, number, run  # noqa: E402
 from inference import UNSURE, choose_precision, explain, predict_image, predict_volume  # noqa: E402
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
@@ -333,7 +332,7 @@ def build(model, texts, about, precision="float32"):
             with gr.Column():
                 with gr.Row():
                     name = gr.Dropdown(names, value=first, label="structure", allow_custom_value=True, elem_id="name")
-                    modality = gr.Dropdown(list(VARIATION), value=first_modality, label="modality")
+                    modality = gr.Dropdown(list(MODALITIES), value=first_modality, label="modality")
                 boxes = [gr.Textbox(value, label=a, lines=2, elem_id=a)
                          for a, value in zip(ATTRIBUTES, fill(first, first_modality))]
                 more = gr.Checkbox(True, label="explain what the texts did")

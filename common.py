@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 ATTRIBUTES = ("position", "texture", "shape")  # what a structure's three texts speak of
+MODALITIES = ("ct", "mr", "pet", "ultrasound", "x-ray", "endoscopy", "dermoscopy", "fundus")  # the paper's eight
 LIGHT = dict(backbone="lite_medsam", clip="minilm")  # of medsegr.Config: the pair that needs no download
 
 

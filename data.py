@@ -1,4 +1,4 @@
-"""Data: samples on the model's grid, their variations, the prompts cut from masks, and what a training step draws.
+"""Data: samples on the model's grid, the prompts cut from masks, and what a training step draws.
 
     python data.py stats --dataset kvasir --data DIR         counts, sizes, and everything that is wrong with the files
     python data.py prepare synapse RAW --out data/synapse    the challenge's NIfTI volumes to the slices that we read
@@ -6,7 +6,6 @@
 The files are read in readers/, the texts in texts.py. Coordinates are (x, y) in pixels of the resized S x S grid, pixel
 centres at integers.
 """
-import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -38,7 +37,7 @@ class Sample:
     masks: np.ndarray  # bool [T, S, S]
     targets: tuple[str, ...]  # the T class names
     absent: tuple[str, ...]  # classes that are known not to be here
-    truth: np.ndarray  # bool [T, H, W]: the masks on the original grid; of an augmented view [T, 0, 0]
+    truth: np.ndarray  # bool [T, H, W]: the masks on the original grid
     modality: str  # ct, mr, pet, ultrasound, x-ray, endoscopy, dermoscopy, fundus
     case: str  # e.g. "case0005"; the slices of a volume share it
     key: str  # e.g. "case0005_slice012": the image's name, unique in its data set
@@ -120,32 +119,25 @@ class Dataset:
     def case(self, i):
         return self.source.case(self.row(i))
 
-    def stamp(self, i, number=0):
-        """A string that changes whenever the file of image i does, for view(i, number); None for a drawn image. With it
-        features on disk are found without reading the image, see encoders.fill."""
+    def stamp(self, i):
+        """A string that changes whenever the file of image i does; None for a drawn image. With it features on disk are
+        found without reading the image, see encoders.fill."""
         if not hasattr(self.source, "file"):
             return None
         try:
             status = self.source.file(self.row(i)).stat()
         except OSError:  # read() will say what is wrong
             return None
-        return repr((self.key(i), number and (number, self.seed), status.st_size, status.st_mtime_ns))
+        return repr((self.key(i), 0, status.st_size, status.st_mtime_ns))
 
     def __getitem__(self, i):
         row = self.row(i)
         return make_sample(self.source.read(row), self.image_size, self.source.case(row), self.source.key(row))
 
-    def view(self, i, number, texts):
-        """The Sample for training: as it is (0), or in one of its variations 1, 2, ..., which the seed draws."""
-        sample = self[i]
-        if number:
-            return vary(sample, texts, seeded("view", self.seed, sample.key, number))
-        return replace(sample, truth=np.zeros((len(sample.targets), 0, 0), bool))
-
 
 class Joined:
-    """Several data sets as one to train with, each drawn from equally often: image n is the next one of data set n mod k,
-    and a smaller one begins anew where it ends. Otherwise as Dataset."""
+    """Several data sets as one to train with, each drawn from equally often: image n is the next one of data set
+    n mod k, and a smaller one begins anew where it ends. Otherwise as Dataset."""
     volumes = False
 
     def __init__(self, datasets):
@@ -168,17 +160,13 @@ class Joined:
         dataset, i = self.of(n)
         return f"{dataset.name}/{dataset.key(i)}"
 
-    def stamp(self, n, number=0):
+    def stamp(self, n):
         dataset, i = self.of(n)
-        return dataset.stamp(i, number)
+        return dataset.stamp(i)
 
     def __getitem__(self, n):
         dataset, i = self.of(n)
         return dataset[i]
-
-    def view(self, n, number, texts):
-        dataset, i = self.of(n)
-        return dataset.view(i, number, texts)
 
 
 def open_datasets(names, roots=None, *args, **options):
@@ -221,62 +209,6 @@ def open_dataset(name, root=None, split="train", image_size=256, fraction=1.0, l
                              "how to get it)")
         source = SOURCES[name](root, split, **options)
     return Dataset(source, image_size, fraction, limit, seed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Variations for training
-
-# by how much an image may differ from itself: degrees, log scale and shift; then log gamma and gain, offset, log gain
-# per colour, strength of a smooth field, and standard deviations of added and of multiplied noise
-VARIATION = {
-    "ct": dict(gain=0.1, offset=0.05, noise=0.03),  # HU are absolute: another window, another dose
-    "mr": dict(gamma=0.3, field=0.3, noise=0.03),  # no absolute scale, and coils of uneven reach
-    "pet": dict(gamma=0.3, gain=0.2),
-    "ultrasound": dict(gamma=0.3, gain=0.2, speckle=0.1),
-    "x-ray": dict(gamma=0.3, gain=0.15, noise=0.02),
-    "endoscopy": dict(degrees=180, gain=0.2, offset=0.05, colour=0.1),
-    "dermoscopy": dict(degrees=180, gain=0.2, offset=0.05, colour=0.1),
-    "fundus": dict(gamma=0.2, gain=0.2, colour=0.1),
-}
-SIDES = re.compile(r"\b(left|right)\b|medial|lateral", re.I)
-HEIGHTS = re.compile(r"\b(above|below|beneath|under|over|upper|lower|top|bottom|anterior\w*|posterior\w*|superior\w*|"
-                     r"inferior\w*|front|behind|back|in front|ventral\w*|dorsal\w*)\b", re.I)
-
-
-def vary(sample, texts, rng):
-    """A Sample turned, moved and scaled, brightened and blurred as its modality allows, without `truth`.
-
-    It is mirrored only if no text of any structure that it may be asked for says left or right, and upside down or
-    turned by more than 15 degrees only where the modality has no upright and no text speaks of above or below.
-    """
-    most = dict(degrees=15, scale=0.15, shift=0.08, gamma=0, gain=0, offset=0, colour=0, field=0, noise=0, speckle=0)
-    most |= VARIATION.get(sample.modality, {})
-    said = " ".join(texts.all(sample))
-    sides, heights = SIDES.search(said), HEIGHTS.search(said)
-    degrees = most["degrees"] if not sides and not heights else min(15, most["degrees"])
-    mirror = np.array([1 if sides else rng.choice([-1, 1]), 1])
-    S, turn = len(sample.image), np.deg2rad(rng.uniform(-degrees, degrees))
-    scale = np.exp(rng.uniform(-most["scale"], most["scale"]))
-    theta = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * scale * mirror
-    theta = np.concatenate([theta, rng.uniform(-2, 2, (2, 1)) * most["shift"]], 1)
-    grid = F.affine_grid(torch.tensor(theta, dtype=torch.float32)[None], [1, 1, S, S], align_corners=False)
-    image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255
-    image = F.grid_sample(image, grid, align_corners=False)[0].permute(1, 2, 0).numpy()
-    masks = torch.from_numpy(sample.masks)[None].float()
-    if len(sample.masks):
-        masks = F.grid_sample(masks, grid, mode="nearest", align_corners=False)
-
-    log = lambda name, *shape: np.exp(most[name] * rng.uniform(-1, 1, shape))
-    image = image ** log("gamma") * log("gain") * log("colour", 3) + most["offset"] * rng.uniform(-1, 1)
-    if most["field"]:
-        coarse = torch.from_numpy(log("field", 1, 1, 4, 4))
-        image = image * F.interpolate(coarse, (S, S), mode="bicubic", align_corners=False)[0, 0, :, :, None].numpy()
-    for name, grain in (("noise", np.ones_like(image)), ("speckle", image)):
-        if most[name]:
-            image = image + most[name] * rng.random() * rng.standard_normal((S, S, 1)) * grain
-    image = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-    return replace(sample, image=image, masks=masks[0].bool().numpy(),
-                   truth=np.zeros((len(sample.targets), 0, 0), bool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,13 +416,12 @@ class Batches(torch.utils.data.Dataset):
     """Item n is a list of `accumulate` Batches: what this rank does in step first + n.
 
     Every epoch is a seeded permutation; a step takes the next batch_size * accumulate * world samples of it, and the
-    last step of an epoch what is left. With `views` an image comes in another of its variations in every epoch, and as
-    it is in every (views + 1)th.
+    last step of an epoch what is left.
     """
 
     def __init__(self, dataset, texts, cache, args, rank=0, world=1, first=0, last=0):
         self.dataset, self.texts, self.cache, self.rank, self.world = dataset, texts, cache, rank, world
-        self.seed, self.views, self.first, self.last = args.seed, args.views, first, last
+        self.seed, self.first, self.last = args.seed, first, last
         self.batch_size, self.accumulate, self.jitter = args.batch_size, args.accumulate, args.jitter
         self.prompt, self.points, self.rounds = args.prompt, args.points, args.rounds
         self.targets, self.absent = args.targets, args.absent
@@ -505,18 +436,17 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, n):
         step = self.first + n
         prompt = self.prompt_of(step)
-        samples = [self.draw(step, place, *which, prompt) for place, which in enumerate(self.rows(step))
+        samples = [self.draw(step, place, row, prompt) for place, row in enumerate(self.rows(step))
                    if place % self.world == self.rank]
         pairs = draw_pairs(self.concepts, self.dataset.classes, seeded("words", self.seed, step))
         return [self.join(samples[n::self.accumulate], step, [] if n else pairs) for n in range(self.accumulate)]
 
     def rows(self, step):
-        """[(number of the sample, of its view)] of a step, of all ranks together."""
+        """The numbers of the samples of a step, of all ranks together."""
         epoch, at = divmod(step, self.per_epoch)
         if self.order[0] != epoch:
             self.order = epoch, seeded("order", self.seed, epoch).permutation(len(self.dataset))
-        rows = self.order[1][at * self.per_step:(at + 1) * self.per_step].tolist()
-        return [(j, (epoch + j) % (self.views + 1)) for j in rows]
+        return self.order[1][at * self.per_step:(at + 1) * self.per_step].tolist()
 
     def prompt_of(self, step):
         """none, point or box; "mixed" is one of them per step, the same on all ranks."""
@@ -529,9 +459,9 @@ class Batches(torch.utils.data.Dataset):
         bare = {further, int(rng.integers(1, max(2, further)))} if further > 1 else set()
         return 0 if n in bare else int(rng.choice(CLICKS, further)[n - 1])
 
-    def draw(self, step, place, number, view, prompt):
+    def draw(self, step, place, number, prompt):
         """The Batch of one sample."""
-        rng, sample = seeded("draw", self.seed, step, place), self.dataset.view(number, view, self.texts)
+        rng, sample = seeded("draw", self.seed, step, place), self.dataset[number]
         if prompt == "none":  # nothing tells one of several polyps from the others
             sample = merge_instances(sample)
         batch = make_batch([sample], self.texts, rng, self.targets, self.absent if prompt == "none" else 0.0)
@@ -600,8 +530,8 @@ def dataset_options(args):
 
 
 def open_texts(args):
-    """The Texts that the flags name, of several data sets the last one's. --dataset folder has its own in DIR/attributes.json, and this becomes the value of
-    --attributes-file, so that a checkpoint remembers it."""
+    """The Texts that the flags name, of several data sets the last one's. --dataset folder has its own in
+    DIR/attributes.json, and this becomes the value of --attributes-file, so that a checkpoint remembers it."""
     if args.dataset == "folder" and not args.attributes_file:
         path = Path(args.data or "data/folder") / "attributes.json"
         if not path.is_file():

@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 
 import ops
-from common import ATTRIBUTES, InputError, Parser, add_target_flags, make_folder, number, run, write_atomically
-from data import VARIATION
+from common import (ATTRIBUTES, MODALITIES, InputError, Parser, add_target_flags, make_folder, number, run,
+                    write_atomically)
 from inference import predict_image, wordings
 from medsegr import Priors
 from ops.reference import dense_kernel
@@ -220,7 +220,7 @@ def parse():
     add_target_flags(parser)
     add("--mean-wordings", type=number(1, 100, int), default=1, metavar="N",
         help="for predict.py with the same flag: up to N wordings of a target's texts")
-    add("--modality", default="ct", choices=VARIATION)
+    add("--modality", default="ct", choices=MODALITIES)
     add("--prompt", default="none", choices=("none", "box"), help="what the decoder takes beside the features")
     add("--sam-checkpoint"), add("--clip")
     add("--out", type=Path, default=Path("out/medsegr.onnx"), metavar="FILE", help="default: %(default)s")

@@ -29,9 +29,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import (ATTRIBUTES, InputError, Parser, add_precision_flag, add_target_flags, alone_in, make_folder, number,
-                    read_json, read_text, run, visible, whole, write_atomically, writing)
-from data import VARIATION
+from common import (ATTRIBUTES, MODALITIES, InputError, Parser, add_precision_flag, add_target_flags, alone_in,
+                    make_folder, number, read_json, read_text, run, visible, whole, write_atomically, writing)
 from readers.dicom import NOTES, is_dicom, is_image, load, read_dicom
 from readers.pictures import SUFFIXES, picture_format, read_image
 from readers.volumes import is_nifti, read_nifti, write_nifti
@@ -51,7 +50,7 @@ def parse():
     add("--texts", help="a JSON lines file of texts for this image, as report.py writes it; NAME is the file's")
     add("--mean-wordings", type=number(1, 100, int), default=1, metavar="N",
         help="the mean over up to N wordings of a target's texts")
-    add("--modality", default="ct", choices=VARIATION)
+    add("--modality", default="ct", choices=MODALITIES)
     add("--window", type=number(), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white")
     add("--series", help="which one of a DICOM folder, by its number or UID")
     add("--box", type=float, nargs=4, action="append", metavar=("X0", "Y0", "X1", "Y1"),

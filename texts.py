@@ -115,14 +115,6 @@ class Texts:
             return held[k % len(held)]
         return self.choose(target, modality, sample, pick)
 
-    def all(self, sample):
-        """The name and every wording of every class that the sample may be asked for."""
-        for target in dict.fromkeys((*sample.targets, *sample.absent)):
-            own = self.own(target, sample)
-            yield target
-            for kind in ATTRIBUTES:
-                yield from own.get(kind) or self.wordings(target, sample.modality, kind)
-
     def every(self):
         """Every text of the file, and of single images."""
         return strings([self.entries[name] for name in self.described] + list(self.images.values()))

@@ -132,15 +132,12 @@ def encode_ahead(r, train_set):
         with autocast(r.device, args.precision):
             return model.encode_image(images)
 
-    def view(n):
-        return train_set.view(*divmod(n, args.views + 1), r.texts)
-
     def stamp(n):
         r.signals.check()
-        return train_set.stamp(*divmod(n, args.views + 1))
+        return train_set.stamp(n)
 
     r.encode = encode
-    fill(r.cache, len(train_set) * (args.views + 1), view, encode, r.rank, r.world, stamp=stamp)
+    fill(r.cache, len(train_set), lambda n: train_set[n], encode, r.rank, r.world, stamp=stamp)
     fill(r.cache, len(r.val_rows), lambda n: r.val_set[r.val_rows[n]], encode, r.rank, r.world,
          "encoding validation images", stamp=lambda n: r.val_set.stamp(r.val_rows[n]))
     if r.world > 1:
@@ -336,7 +333,6 @@ def parse():
         help="structures asked for per image; 0, with --align: none is decoded, the dense map alone learns")
     add("--absent", type=number(0, 1), default=0.1, help="how often an absent structure is asked for, without a prompt")
     add("--jitter", type=number(0, 0.5), default=0.1, help="move, scale and turn features by up to this much")
-    add("--views", type=number(0, 1000, int), default=0, help="variations of each image, encoded and cached as it is")
     add("--rounds", type=positive_int, default=1,
         help="SAM-Med2D's interaction: further ones see the last mask and points")
     add("--lr", type=number(1e-12, 10), default=1e-3, help="of the parts that start from nothing")

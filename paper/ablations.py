@@ -122,8 +122,8 @@ def report(chosen, seeds, out):
         numbers[table] = {row: [e["table"]["mean"]["dice_strict"] for e in each.values()]
                           for row, each in found.items()}
         about = next((e for each in found.values() for e in each.values()), {})
-        full = found[list(rows)[-1]]
-        text += table_text(table, numbers[table], {row: interval(each, full) for row, each in found.items()}, about) + "\n"
+        intervals = {row: interval(each, found[list(rows)[-1]]) for row, each in found.items()}
+        text += table_text(table, numbers[table], intervals, about) + "\n"
     print(text)
     write_atomically(out / "tables.md", text.encode())
     write_atomically(out / "tables.json", json.dumps(numbers, indent=1).encode())
@@ -161,8 +161,8 @@ def table_text(table, numbers, intervals, about):
     paper = NUMBERS["tables"].get(table)
     if not paper or paper["rows"].keys() != numbers.keys():
         paper = dict(datasets=(), rows={})
-    heads = ["row", "Dice", "± sd", "seeds", "to the last row", "95 % interval", *(f"paper, {name}*" for name in paper["datasets"]),
-             *("to the last row*" for _ in paper["datasets"])]
+    heads = ["row", "Dice", "± sd", "seeds", "to the last row", "95 % interval",
+             *(f"paper, {name}*" for name in paper["datasets"]), *("to the last row*" for _ in paper["datasets"])]
     dice = {row: 100 * pd.Series(values, dtype=float) for row, values in numbers.items()}  # NaN: of too few seeds
     full, rows = list(numbers)[-1], []
     for row, values in dice.items():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, alone_in, make_folder, read_json, read_text, visible, whole
-from readers.pictures import (MODALITIES, SUFFIXES, RawSample, deep_values, is_deep, opened, read_image, split_cases,
+from common import MODALITIES, InputError, alone_in, make_folder, read_json, read_text, visible, whole
+from readers.pictures import (SUFFIXES, RawSample, deep_values, is_deep, opened, read_image, split_cases,
                               to_pixels, unreadable, upright)
 
 VERSION = 1  # of the prepared volumes: others are made anew

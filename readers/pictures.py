@@ -13,7 +13,6 @@ from scipy import ndimage
 from common import InputError
 
 SPLITS = ("train", "val", "test")
-MODALITIES = ("ct", "mr", "pet", "ultrasound", "x-ray", "endoscopy", "dermoscopy", "fundus")  # the paper's eight
 # SAM-Med2D leaves out masks below this share of the image: 100 pixels at 256 x 256
 SMALLEST = 0.00153
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2")

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from common import InputError, locked, read_json, whole
-from readers.pictures import MODALITIES, SMALLEST, SPLITS, RawSample, read_image, read_mask, split_cases
+from common import MODALITIES, InputError, locked, read_json, whole
+from readers.pictures import SMALLEST, SPLITS, RawSample, read_image, read_mask, split_cases
 
 ORIGINAL, CLASS_IDS = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 TRAIN, TEST = "image2label_train.json", "label2image_test.json"

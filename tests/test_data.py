@@ -13,7 +13,7 @@ import data
 from common import ATTRIBUTES
 from conftest import ROOT, fails
 from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, draw_pairs, make_batch, make_sample, move,
-                  open_dataset, point_prompt, prompt_rng, to_original, vary)
+                  open_dataset, point_prompt, prompt_rng, to_original)
 from encoders import FeatureCache
 from readers.pictures import RawSample
 from readers.synapse import ORGANS
@@ -101,90 +101,6 @@ def test_prompt_rng():
     assert int(other.stdout) == draw("a", "liver", 1)  # another process, another hash seed
 
 
-# --- variations
-
-
-class Said:
-    """Stands for Texts: the words that are said of every sample."""
-
-    def __init__(self, words):
-        self.words = words
-
-    def all(self, sample):
-        return [self.words]
-
-
-def arrow(modality, S=64):
-    """A picture that tells its orientation: a gray disc with a bright half-disc on its left and a dot at its top."""
-    y, x = np.mgrid[:S, :S] - (S - 1) / 2
-    disc, left, top = np.hypot(x, y) < S / 3, (np.hypot(x, y) < S / 3) & (x < 0), np.hypot(x, y + S / 4) < S / 12
-    image = np.where(left, 200, np.where(disc, 120, 40)).astype(np.uint8)
-    image = np.repeat(image[..., None], 3, 2)
-    masks = np.stack([disc, left, top])
-    return data.Sample(image, masks, ("disc", "half", "top"), (), masks, modality, "case", "key")
-
-
-def orientation(sample):
-    """(mirrored, degrees) of a variation of arrow()."""
-    centre, left, top = (np.argwhere(m).mean(0)[::-1] for m in sample.masks)
-    (a, b), (c, d) = left - centre, top - centre
-    return a * d - b * c < 0, np.degrees(np.arctan2(c, -d))
-
-
-@pytest.mark.parametrize("modality", [*data.VARIATION, "unknown"])
-def test_variations_move_image_and_masks_alike(modality):
-    sample, rng = arrow(modality), np.random.default_rng(0)
-    for _ in range(20):
-        v = vary(sample, Said("round"), rng)
-        assert v.image.shape == sample.image.shape and v.image.dtype == np.uint8 and v.masks.dtype == bool
-        assert v.masks.shape == sample.masks.shape and v.targets == sample.targets and v.truth.shape == (3, 0, 0)
-        inside, outside = v.masks[1], v.masks[0] & ~v.masks[1]
-        assert v.image[inside].mean() > v.image[outside].mean() + 20  # the bright half is where its mask says
-        assert not np.array_equal(v.image, sample.image)
-    same = [vary(sample, Said(""), np.random.default_rng(5)) for _ in range(2)]
-    assert np.array_equal(same[0].image, same[1].image) and np.array_equal(same[0].masks, same[1].masks)
-
-
-def seen(modality, words):
-    turns = [orientation(vary(arrow(modality), Said(words), np.random.default_rng(s))) for s in range(60)]
-    return {bool(mirrored) for mirrored, _ in turns}, max(abs(d) for _, d in turns)
-
-
-def test_sides_are_never_swapped_where_a_text_speaks_of_them():
-    for words in ("on the patient's left", "Right upper quadrant", "left kidney", "medial to the spleen"):
-        for modality in ("ct", "endoscopy", "fundus"):
-            assert seen(modality, words)[0] == {False}, (words, modality)
-    mirrored, turned = seen("ct", "beside the spine")
-    assert mirrored == {False, True} and turned < 16  # a patient is not turned over
-    mirrored, turned = seen("dermoscopy", "anywhere on the skin")
-    assert mirrored == {False, True} and turned > 120
-    assert seen("dermoscopy", "in the upper half")[1] < 16
-    assert seen("dermoscopy", "bright and underlined, topical")[1] > 120  # words that only contain such words
-
-
-def test_which_classes_may_be_mirrored():
-    """Of the texts that ship: sided organs never, a polyp and a lesion always."""
-    for name, target, modality, mirrored in (("synapse", "liver", "ct", False), ("kvasir", "polyp", "endoscopy", True),
-                                             ("sa-med2d", "left ventricle", "mr", False),
-                                             ("sa-med2d", "skin lesion", "dermoscopy", True),
-                                             ("kits19", "kidney", "ct", True)):
-        sample = arrow(modality)
-        sample.targets = (target,) * 3
-        said = " ".join(Texts(name).all(sample))
-        assert bool(data.SIDES.search(said)) != mirrored, (name, target)
-
-
-def test_a_view_is_the_same_whenever_it_is_asked_for():
-    dataset, texts = open_dataset("demo", image_size=64, seed=3), Texts("demo")
-    views = {(i, n): dataset.view(i, n, texts) for i in (0, 1) for n in (0, 1, 2)}
-    for (i, n), view in reversed(views.items()):
-        again = dataset.view(i, n, texts)
-        assert np.array_equal(view.image, again.image) and np.array_equal(view.masks, again.masks)
-        assert view.truth.size == 0
-    assert np.array_equal(views[0, 0].image, dataset[0].image)
-    assert not np.array_equal(views[0, 1].image, views[0, 2].image)
-
-
 # --- texts
 
 # --- batches
@@ -252,7 +168,7 @@ def test_empty_batch():
 # ---------------------------------------------------------------------------------------------------------------------
 # The order of the samples, the draws of a step
 
-ARGS = dict(seed=1, views=0, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
+ARGS = dict(seed=1, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
             absent=0.25, align=True, dense_loss=1.0, contrastive_loss=0.5)
 
 
@@ -273,7 +189,7 @@ def of(dataset, rank=0, world=1, first=0, last=100, **args):
                                                       (5, 8, 1, 2), (100, 1, 1, 8)])
 def test_an_epoch_visits_every_sample_once(n, batch, accumulate, world, monkeypatch):
     """All ranks together, whatever does not divide evenly, and in another order each time."""
-    monkeypatch.setattr(Batches, "draw", lambda self, step, place, number, view, prompt: number)
+    monkeypatch.setattr(Batches, "draw", lambda self, step, place, number, prompt: number)
     monkeypatch.setattr(Batches, "join", lambda self, samples, step, pairs: samples)
     ranks = [of(Numbers(n), rank, world, batch_size=batch, accumulate=accumulate) for rank in range(world)]
     epochs = []
@@ -286,12 +202,22 @@ def test_an_epoch_visits_every_sample_once(n, batch, accumulate, world, monkeypa
     assert epochs[0] != epochs[1]
 
 
-def test_views_take_turns():
-    """With two views an image comes as it is and in each of its variations within three epochs."""
-    some = of(Numbers(6), batch_size=3, views=2)
-    seen = [pair for step in range(6) for pair in some.rows(step)]
-    assert sorted(seen) == [(i, view) for i in range(6) for view in range(3)]
-    assert {view for _, view in seen[:6]} == {0, 1, 2}  # not all of them the same in one epoch
+def test_several_data_sets_are_drawn_from_equally_often(tmp_path):
+    """Also where one is much smaller; each image is what it is in its own data set."""
+    sets = [open_dataset("demo", image_size=64, limit=n, seed=n) for n in (7, 3)]
+    joined = data.Joined(sets)
+    assert len(joined) == 14 and joined.classes == sets[0].classes and joined.pairs == sets[0].pairs
+    assert [joined.of(n) for n in range(5)] == [(sets[n % 2], n // 2) for n in range(5)]
+    assert joined.of(13) == (sets[1], 0) and not joined.volumes and len(joined.sources) == 2
+    for n in (0, 5, 13):
+        dataset, i = joined.of(n)
+        assert np.array_equal(joined[n].image, dataset[i].image) and dataset.key(i) in joined.key(n)
+    fails(lambda: data.open_datasets("demo,demo"), "--dataset", "demo is named twice")
+    fails(lambda: data.open_datasets("demo,kvasir", "here"), "--data", "1 folders for 2 data sets")
+    fails(lambda: data.open_datasets("demo,unheard"), "unheard")
+    assert isinstance(data.open_datasets("demo"), data.Dataset)
+    with pytest.raises(IndexError):
+        joined[14]
 
 
 def flat(batches):

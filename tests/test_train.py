@@ -87,7 +87,7 @@ def test_learning_rate_rises_and_falls():
 # Whole runs
 
 TINY = [*QUICK, "--feature-grid", "4", "--branches", "sem", "sam", "--priors", "--epochs", "3", "--rounds", "2",
-        "--views", "1", "--align", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, all saved
+        "--align", "--val-every", "3", "--prompt", "mixed", "--save-minutes", "0"]  # 12 steps, all saved
 
 
 def log_rows(out):
