@@ -42,25 +42,40 @@ def figure3(evaluations, path):
                 crowd = targets[targets.groupby("image")["target"].transform("nunique") > 1]
                 line, small = line_through(crowd["overlap"], crowd["dice_strict"]), targets[targets["area"] < SMALL]
                 lines[label], spokes[label] = (crowd, line), by_modality(small)
-                body.append([f"{label}, {prompt}", *([f"{line.rvalue:.2f}", f"{line.slope:.2f}"] if line else "--"),
-                             str(len(crowd)), show(100 * spokes[label]["mean"].mean()),
+                doublings = targets.assign(doublings=np.log2(targets["area"]))
+                body.append([f"{label}, {prompt}", f"{line.rvalue:.2f}" if line else "-", slope(crowd, "overlap"),
+                             str(len(crowd)), slope(doublings, "doublings"), show(100 * spokes[label]["mean"].mean()),
                              str(spokes[label]["count"].sum())])
         draw_overlap(figure.add_subplot(len(prompts), 2, 2 * at + 1), prompt, lines)
         draw_small(figure.add_subplot(len(prompts), 2, 2 * at + 2, projection="polar"), prompt, spokes)
-        for name, (r, slope) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
+        for name, (r, steep) in NUMBERS["figure3"]["overlap"].get(prompt, {}).items():
             small = NUMBERS["figure3"]["small"][prompt].get(name, np.nan)
-            body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{slope:.2f}", "-", show(small), "-"])
+            body.append([f"paper: {name}*, {prompt}", f"{r:.2f}", f"{steep:.2f}", "-", "-", show(small), "-"])
     save(figure, path)
-    heads = ["prompt", "r", "slope", "targets", "small: average Dice", "small objects"]
+    heads = ["prompt", "r", "slope", "targets", "per doubling of size", "small: average Dice", "small objects"]
     return (markdown(heads, body) + "\nOverlap rate: the share of a target's bounding box that boxes of other classes "
-            "in its image cover, over the images with two classes or more; small: below "
-            f"{SMALL:.0%} of the image.\n"
+            "in its image cover, over the images with two classes or more. Slopes of Dice over it, and over log2 of a "
+            f"target's area, with 95 % intervals (bootstrap over cases). Small: below {SMALL:.0%} of the image.\n"
             + note(False))
 
 
 def line_through(x, y):
     """scipy's line by least squares, with slope, intercept and rvalue; None for fewer than three points, or one x."""
     return linregress(x, y) if len(x) > 2 and x.min() < x.max() else None
+
+
+def slope(targets, column, draws=2000, seed=0):
+    """The slope of Dice over a column, by least squares, with its 95 % interval, as text; the bootstrap draws cases,
+    whose targets stay together."""
+    x, y = targets[column], targets["dice_strict"]
+    sums = pd.DataFrame(dict(n=1.0, x=x, y=y, xx=x * x, xy=x * y)).groupby(targets["case"]).sum().to_numpy()
+    if len(sums) < 3 or line_through(x, y) is None:
+        return "-"
+    times = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
+    n, x, y, xx, xy = (np.vstack([np.ones(len(sums)), times]) @ sums).T  # the first is of all cases as they are
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw of one x
+        slopes = (n * xy - x * y) / (n * xx - x * x)
+    return "{:.3f} ({:.3f} to {:.3f})".format(slopes[0], *np.nanquantile(slopes[1:], (0.025, 0.975)))
 
 
 def draw_overlap(axis, prompt, lines):

@@ -1,10 +1,13 @@
 """The paper's tables and figures: rows, numbers, resuming, and what is wrong with the files."""
 import json
+import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+from scipy.stats import linregress
 
 from common import InputError, locked
 from conftest import ROOT, fails
@@ -60,6 +63,27 @@ def test_the_papers_numbers_agree_with_each_other():
             assert np.mean(values[:8]) == pytest.approx(values[8], abs=0.3), name
     full = {tuple(rows["rows"][list(rows["rows"])[-1]]) for rows in tables.NUMBERS["tables"].values()}
     assert full == {(88.23, 87.69)}
+
+
+def test_slopes_and_their_intervals():
+    """The slope is scipy's; cases that agree leave no doubt, and doubt grows where a case is one of few."""
+    rng = np.random.default_rng(0)
+    def table(cases, noise):
+        x = rng.random(300)
+        case = rng.integers(0, cases, 300)
+        return pd.DataFrame(dict(overlap=x, dice_strict=0.9 - 0.3 * x + noise * rng.normal(size=cases)[case] * x,
+                                 case=case.astype(str)))
+    exact = table(10, 0)
+    assert figures.slope(exact, "overlap") == "-0.300 (-0.300 to -0.300)"
+    widths = []
+    for cases in (6, 100):
+        noisy = table(cases, 0.2)
+        middle, low, high = (float(part) for part in re.findall(r"-?\d\.\d+", figures.slope(noisy, "overlap")))
+        assert middle == pytest.approx(linregress(noisy["overlap"], noisy["dice_strict"]).slope, abs=6e-4)
+        assert low < middle < high
+        widths.append(high - low)
+    assert widths[0] > 1.3 * widths[1]
+    assert figures.slope(exact[exact["case"] < "2"], "overlap") == "-"
 
 
 @pytest.fixture
@@ -224,7 +248,7 @@ def test_table_2(tmp_path):
 def test_figures(crowded, tmp_path):
     """The line through the points, the small objects, and pictures that are not blank."""
     text = figures.figure3(tables.read_evaluations(crowded), tmp_path / "3.png")
-    assert "| ours, box | -1.00 | -0.30 | 400 |" in text and "paper: MedSeg-R*, box | -0.36 | -0.12" in text
+    assert "| ours, box | -1.00 | -0.300 (-0.300 to -0.300) | 400 |" in text and "paper: MedSeg-R*, box | -0.36 | -0.12" in text
     boxes = figures.figure4(tables.read_evaluations(crowded[:2]), tmp_path / "4.png")
     assert "| a, ours, box | 201 |" in boxes
     ablated = tmp_path / "tables.json"
