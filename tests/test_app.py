@@ -468,7 +468,7 @@ def test_bad_flags_are_named(flags, monkeypatch):
 
 def test_nothing_trained_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("runs.WEIGHTS", tmp_path / "none.safetensors")
+    monkeypatch.setattr("runs.WEIGHTS", tmp_path)
     model, texts, about = app.load(None)
     assert texts.name == "synapse" and "untrained" in about and isinstance(model, torch.nn.Module)
 

@@ -141,7 +141,7 @@ def test_switches_of_a_volume(model, tmp_path, monkeypatch):
 
 def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, capsys):
     """Each input has results of its own; the shipped weights are taken where nothing was trained, and it says so."""
-    monkeypatch.setattr("runs.WEIGHTS", tmp_path / "weights" / "abdomen-ct.safetensors")
+    monkeypatch.setattr("runs.WEIGHTS", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         Image.new("L", (40, 30)).save(f"{name}.png")

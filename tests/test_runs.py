@@ -112,15 +112,18 @@ def test_the_newest_checkpoint_is_taken(tmp_path):
 
 
 def test_without_a_run_the_shipped_weights_are_taken(tmp_path, monkeypatch):
-    """For CT alone, which they are for; without them, too, it is said what to run."""
-    monkeypatch.setattr(runs, "WEIGHTS", tmp_path / "weights/abdomen-ct.safetensors")
+    """Those for CT, or those for the rest; without them, too, it is said what to run."""
+    monkeypatch.setattr(runs, "WEIGHTS", tmp_path / "weights")
     for modality in ("ct", "mr"):
         with pytest.raises(InputError, match="train.py"):
             default_checkpoint(modality, tmp_path / "out")
-    save_checkpoint(small(), runs.WEIGHTS, dataset="synapse")
-    assert default_checkpoint("ct", tmp_path / "out") == runs.WEIGHTS
+    ct, general = (runs.WEIGHTS / f"{name}.safetensors" for name in ("abdomen-ct", "general"))
+    save_checkpoint(small(), ct, dataset="synapse")
+    assert default_checkpoint("ct", tmp_path / "out") == ct
     with pytest.raises(InputError, match="--checkpoint"):
         default_checkpoint("mr", tmp_path / "out")
+    save_checkpoint(small(), general, dataset="sa-med2d")
+    assert [default_checkpoint(modality, tmp_path / "out") for modality in ("ct", "pet")] == [ct, general]
 
 
 def test_damaged_training_state_is_named(tmp_path):
