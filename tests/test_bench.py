@@ -118,17 +118,19 @@ def test_in_a_process():
 
 
 def test_speed(tmp_path, monkeypatch, capsys):
-    """Every row, with image encoders of one block and one text encoder; SAM's own stays at 1024 x 1024."""
+    """Every row, with ViTs of one block and one text encoder; SAM's own stays at 1024 x 1024, LiteMedSAM at 256 x 256."""
     tiny = partial(_build_sam, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=1,
                    encoder_global_attn_indexes=[0])
     monkeypatch.setitem(sam_model_registry, "vit_b", tiny)
-    monkeypatch.setattr(speed, "Config", lambda **row: medsegr.Config(**row | dict(clip="minilm", image_size=64)))
-    monkeypatch.setattr(sys, "argv", ["bench.py", "speed", "--batches", "2", "--repeats", "1", "--device", "cpu",
-                                      "--json", str(tmp_path / "speed.json")])
+    monkeypatch.setattr(speed, "Config", lambda **row: medsegr.Config(
+        **row | dict(clip="minilm", image_size=256 if row["backbone"] == "lite_medsam" else 64)))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "speed", "--batches", "1", "--repeats", "1", "--device", "cpu",
+                                      "--dtype", "bfloat16", "--json", str(tmp_path / "speed.json")])
     bench.main()
     ours, paper = json.loads((tmp_path / "speed.json").read_text())["tables"].values()
     assert [row[""] for row in ours] == list(speed.ROWS) and paper[-1]["images/s"] == 48
-    assert all(row["tuned, M"] > 0 and row["images/s, batch 2"] > 0 for row in ours)
+    assert all(row["tuned, M"] > 0 and row["images/s, batch 1"] > 0 for row in ours)
+    assert all(row["images/s, batch 1, bfloat16"] > 0 for row in ours if row[""] != speed.ONNX)
     assert "compare the ratios" in capsys.readouterr().out
 
 
