@@ -8,6 +8,7 @@ Both decode with decode_targets, and merge_label_map makes one label map of seve
 """
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from tqdm import tqdm
 
-from common import ATTRIBUTES
 from data import box_prompt, make_sample, merge_instances, point_prompt, prompt_rng, to_original
 from encoders import FeatureCache
-from medsegr import Priors, modulate
+from medsegr import Priors
 from readers.pictures import RawSample
 
 
@@ -253,12 +253,12 @@ def encode_images(model, images):
 
 @torch.no_grad()
 def predict_image(model, image, texts, boxes=None, points=None, precision="float32", features=None, empty=False,
-                  min_iou=0.0):
+                  min_iou=0.0, priors=None):
     """Masks of several structures in one image, which is encoded once -> Answer on the image's grid.
 
     image uint8 [H,W,3], RGB; texts as decode_targets takes them; boxes float [T,4], x0 y0 x1 y1, and points (float
     [T,N,2] (x, y), int [T,N]: 1 inside, 0 outside, -1 none), in pixels of the image. `features`: of an earlier Answer.
-    empty: allows empty texts. min_iou: see Answer.
+    empty: allows empty texts. min_iou: see Answer. priors: in place of those of the texts.
     """
     size, S = image.shape[:2], model.config.image_size
     scale = np.array([S / size[1], S / size[0]], np.float32)
@@ -269,7 +269,7 @@ def predict_image(model, image, texts, boxes=None, points=None, precision="float
         points = to_grid(points[0]), torch.as_tensor(np.asarray(points[1]))
     with autocast(model.device, precision):
         features = encode_images(model, [image]) if features is None else features
-        return decode_targets(model, features, texts, points, boxes, empty)._replace(
+        return decode_targets(model, features, texts, points, boxes, empty, priors)._replace(
             size=size, min_iou=min_iou)
 
 
@@ -325,12 +325,15 @@ class Explanation(NamedTuple):
     iou: float  # that the model expects
     A_pos: np.ndarray | None  # [H,W] in (0, 2): the features are multiplied by it
     texture: np.ndarray | None  # [7,7]: the filter
-    texture_effect: np.ndarray | None  # [H,W]: by how much it changes the features, relative to their length
     shape_kernel: np.ndarray | None  # [3,3]
     shape_offset: np.ndarray | None  # [18,n,n] in feature cells, dy and dx of each tap
     cells: int  # G: the features are G x G cells
-    gate: dict  # {branch: [H,W]}: its weight
+    gate: dict  # {branch: its weight, the mean over the mask, or over the image if that is empty}
     without: dict  # {attribute: bool [H,W]}: the mask where that text is empty
+    idle: dict  # {attribute: bool [H,W]}: the mask where the text is read, and its operator left out
+
+
+OPERATORS = dict(position=("A_pos",), texture=("texture",), shape=("shape_kernel", "shape_offset"))  # in Priors
 
 
 @torch.no_grad()
@@ -342,29 +345,28 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     boxes, points = thinned(boxes, step), points and (thinned(points[0], step), points[1])
     on_image = lambda grid: to_original(grid[None].float(), image.shape[:2])[0].cpu().numpy()
     array = lambda x: None if x is None else x[0].float().cpu().numpy()
-    priors, effect, gate, texts = answer.priors.take(slice(target, target + 1)), None, {}, as_lists(texts)
-    if priors.texture is not None:
-        index, attended = torch.zeros(1, dtype=torch.int64, device=model.device), priors._replace(shape_kernel=None)
-        with autocast(model.device, precision):
-            features, _ = model.adapt_features(answer.features)
-            plain, filtered = (modulate(features, index, attended._replace(texture=kernel)).float()
-                               for kernel in (None, priors.texture))
-        effect = on_image((filtered - plain).norm(dim=1)[0] / plain.norm(dim=1)[0].clamp(min=1e-6))
-    if answer.steps["gate"] is not None:
-        gate = dict(zip(model.config.active_branches, map(on_image, answer.steps["gate"][target])))
-    without = {}
-    for kind in ATTRIBUTES:
+    texts, one = as_lists(texts), slice(target, target + 1)
+    priors, probability = answer.priors.take(one), on_image(answer.grid[target].sigmoid())
+    inside = probability > 0.5 if (probability > 0.5).any() else np.ones_like(probability, bool)
+    gate = {} if answer.steps["gate"] is None else {
+        branch: float(on_image(weight)[inside].mean())
+        for branch, weight in zip(model.config.active_branches, answer.steps["gate"][target])}
+    ask = partial(predict_image, model, image, precision=precision, features=answer.features)
+    without, idle = {}, {}
+    for kind, parts in OPERATORS.items():
         emptied = [*texts[:target], [text | {kind: ""} for text in texts[target]], *texts[target + 1:]]
-        without[kind] = predict_image(model, image, emptied, boxes, points, precision, answer.features,
-                                      empty=True).masks[target]
+        without[kind] = ask(emptied, boxes, points, empty=True).masks[target]
+        if getattr(priors, parts[0]) is not None:
+            idle[kind] = ask([texts[target][:1]], None if boxes is None else boxes[one],
+                             points and tuple(part[one] for part in points),
+                             priors=priors._replace(**dict.fromkeys(parts))).masks[0]
     return Explanation(
         step=step, image=image, texts=texts[target][0], box=None if boxes is None else boxes[target],
         points=[] if points is None else list(zip(points[0][target], points[1][target])),
-        probability=to_original(answer.grid[target][None], image.shape[:2])[0].sigmoid().cpu().numpy(),
-        iou=float(answer.iou[target]),
+        probability=probability, iou=float(answer.iou[target]),
         A_pos=None if priors.A_pos is None else on_image(priors.A_pos[0]), texture=array(priors.texture),
-        texture_effect=effect, shape_kernel=array(priors.shape_kernel), shape_offset=array(priors.shape_offset),
-        cells=answer.features.shape[-1], gate=gate, without=without)
+        shape_kernel=array(priors.shape_kernel), shape_offset=array(priors.shape_offset),
+        cells=answer.features.shape[-1], gate=gate, without=without, idle=idle)
 
 
 def thinned(xy, step):

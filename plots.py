@@ -136,68 +136,71 @@ def contour(axis, mask, **style):
         axis.contour(mask, [0.5], **style)
 
 
-BRANCHES = dict(fused="features changed by the texts", sem="their meaning, by channel attention",
-                sam="SAM's own features")
-
-
 def explanation(path, name, explained):
     """A PNG at PATH, or in an open file, of what its texts did to the structure `name`: of an inference.Explanation."""
-    image, mask, figure = explained.image, explained.probability > 0.5, plt.figure(figsize=(14.5, 12.4))
+    image, mask, figure = explained.image, explained.probability > 0.5, plt.figure(figsize=(14.5, 8.8))
     about = "about " if explained.step > 1 else ""  # of a large image there is not every pixel
     count = lambda inside: f"{about}{inside.sum() * explained.step ** 2} pixels"
-    places = iter(figure.subplots(3, 4).flat)
+    places = iter(figure.subplots(2, 4).flat)
 
-    def panel(title, shown=True):
-        axis = next(places)
+    def agreement(other):
+        both = mask.sum() + other.sum()
+        return f"Dice with the mask {2 * (mask & other).sum() / both:.2f}" if both else "no mask either"
+
+    def panel(kind, title):
+        """The next axis; the title says what the mask of `kind` is without its operator, if it has one."""
+        axis, missing = next(places), kind and kind not in explained.idle
         axis.axis("off")
-        axis.set_title(textwrap.fill(title if shown else f"{title}: switched off in this model", 44), fontsize=9)
-        return axis
+        title = f"{kind}: switched off in this model" if missing else title + (
+            f"; switched off: {agreement(explained.idle[kind])}" if kind else "")
+        axis.set_title(textwrap.fill(title, 44), fontsize=9)
+        return None if missing else axis
 
-    def heat(part, title, values, low, high, over=True):
-        """`values` from low to high over the image; None: of a part that is switched off."""
-        axis = panel(part if values is None else title, values is not None)
-        if values is None:
-            return
-        if over:
-            axis.imshow(image, cmap="gray")
-            contour(axis, mask, colors="white", linewidths=0.8)
-        drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, alpha=0.65 if over else 1,
-                            interpolation="nearest")
-        figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
+    def heat(kind, title, values, low, high, over=True):
+        """`values` from low to high, over the image."""
+        if axis := panel(kind, title):
+            if over:
+                axis.imshow(image, cmap="gray")
+                contour(axis, mask, colors="white", linewidths=0.8)
+            drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, alpha=0.65 if over else 1,
+                                interpolation="nearest")
+            figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
 
-    axis = panel(f"{name}: {count(mask)}; the model expects an IoU of {explained.iou:.2f}")
+    axis = panel(None, f"{name}: {count(mask)}; the model expects an IoU of {explained.iou:.2f}")
     overlay(axis, image, [(name, mask)] if mask.any() else [], {name: COLOURS[0]})
     prompts(axis, explained.box, explained.points)
-    heat("probability", "probability of each pixel (mask: above one half)", explained.probability, 0, 1)
-
-    heat("position", "position text: features are multiplied by this (1: left as they are, 0: suppressed, 2: doubled)",
+    heat(None, "probability of each pixel (mask: above one half)", explained.probability, 0, 1)
+    heat("position", "position: features are multiplied by this (1: left as they are)" + pointing(explained, mask),
          explained.A_pos, 0, 2)
-    identity, effect = np.pad([[1]], 3), explained.texture_effect
-    change = None if explained.texture is None else explained.texture - identity
-    largest = lambda values: 1 if values is None else max(1e-6, np.abs(values).max())
-    heat("texture", "texture text: the 7 x 7 filter it gives, less the one that changes nothing", change,
-         -largest(change), largest(change), over=False)
-    heat("texture", "what that filter changes: relative change of the features", effect, 0, largest(effect))
-    if explained.shape_offset is None:
-        panel("shape", shown=False)
-    else:
-        sampling(panel("shape text: where the 3 x 3 filter looks around four places; size: weight, hollow: negative"),
-                 mask, explained)
-    for branch, meaning in BRANCHES.items():
-        heat(branch, f"gate: share of F_{branch}, {meaning}", explained.gate.get(branch), 0, 1)
-
+    change = None if explained.texture is None else explained.texture - np.pad([[1]], 3)
+    most = 1 if change is None else max(1e-6, np.abs(change).max())
+    heat("texture", "texture: the 7 x 7 filter, less the one that changes nothing", change, -most, most, over=False)
+    if axis := panel("shape", "shape: where the 3 x 3 filter looks around four places; size: weight, hollow: negative"):
+        sampling(axis, mask, explained)
     for kind, other in explained.without.items():
-        sizes, both = mask.sum() + other.sum(), (mask & other).sum()
-        axis = panel(f"without the {kind} text (dashed): {count(other)}, Dice with the mask above (solid) "
-                     + (f"{2 * both / sizes:.2f}" if sizes else "-"))
+        axis = panel(None, f"without the {kind} text: {count(other)} (dashed), {agreement(other)} (solid)")
         axis.imshow(image, cmap="gray")
         contour(axis, mask, colors="white", linestyles="solid", linewidths=1.5)
         contour(axis, other, colors=COLOURS[0], linestyles="dashed", linewidths=1.5)
-    figure.suptitle(f"{name}: what its texts did", fontsize=13, y=0.99)
-    lines = "\n".join(textwrap.fill(f"{kind}: {text}", 190) for kind, text in explained.texts.items())
-    figure.text(0.03, 0.965, lines, fontsize=9, va="top")
-    figure.subplots_adjust(0.03, 0.02, 0.94, 0.86, wspace=0.22, hspace=0.28)
+    figure.suptitle(f"{name}: what its texts did", fontsize=13, y=0.985)
+    lines = [textwrap.fill(f"{kind}: {text}", 190) for kind, text in explained.texts.items()]
+    if explained.gate:
+        lines += ["the gate, in the mask: " + ", ".join(f"{weight:.2f} of F_{branch}"
+                                                       for branch, weight in explained.gate.items())]
+    figure.text(0.03, 0.95, "\n".join(lines), fontsize=9, va="top")
+    figure.subplots_adjust(0.03, 0.02, 0.94, 0.78, wspace=0.22, hspace=0.3)
     save(figure, path, dpi=100)
+
+
+def pointing(explained, mask):
+    """How much of what A_pos raises above 1 lies in the box around the mask, and how much would by chance; "" where
+    there is no mask, or nothing is raised."""
+    gain = 0 if explained.A_pos is None else np.clip(explained.A_pos - 1, 0, None)
+    if not mask.any() or not np.any(gain):
+        return ""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return f"; {gain[box].sum() / gain.sum():.0%} of the gain in the mask's box, {mask[box].size / mask.size:.0%} by chance"
 
 
 def sampling(axis, mask, explained):

@@ -1,5 +1,6 @@
 """inference.py: what is asked for, how the answers are merged, and that both ways to ask agree."""
 import numpy as np
+import pytest
 import torch
 
 import inference
@@ -179,9 +180,29 @@ def test_a_text_removed_is_a_text_emptied(model):
     emptied = [[text | dict(shape="") for text in texts[0]], texts[1]]
     assert np.array_equal(found.without["shape"], predict_image(model[0], image, emptied, empty=True,
                                                                 features=answer.features).masks[0])
-    assert found.A_pos.shape == found.texture_effect.shape == found.probability.shape == (40, 56)
-    assert found.texts == TEXT and set(found.gate) == {"fused", "sem", "sam"} and found.texture_effect.max() > 0
-    np.testing.assert_allclose(sum(found.gate.values()), 1, atol=1e-5)
+    assert found.A_pos.shape == found.probability.shape == (40, 56)
+    assert found.texts == TEXT and set(found.gate) == {"fused", "sem", "sam"}
+    assert sum(found.gate.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_operator_is_left_out(model):
+    """The mask of a model whose text reaches T_attr but not this operator; with a box, of the second target."""
+    image = np.random.default_rng(1).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+    texts, boxes = [TEXT, dict(position="below", texture="dark", shape="long")], np.array([[2, 3, 30, 30], [9, 9, 50, 35]])
+    answer = predict_image(model[0], image, texts, boxes)
+    found = explain(model[0], image, answer, 1, texts, boxes)
+    assert set(found.idle) == {"position", "texture", "shape"}
+    for kind, name in (("position", "A_pos"), ("texture", "texture"), ("shape", "shape_kernel")):
+        priors = answer.priors.take(slice(1, 2))._replace(**{name: None})
+        if kind == "shape":
+            priors = priors._replace(shape_offset=None)
+        logits, _ = model[0].decode(answer.features, torch.zeros(1, dtype=torch.int64), priors, boxes=torch.from_numpy(
+            ((boxes[1:].reshape(1, 2, 2) + 0.5) * np.array([model[0].config.image_size / n for n in (56, 40)]) - 0.5
+             ).astype(np.float32).reshape(1, 4)))[:2]
+        S = model[0].config.image_size
+        grid = torch.nn.functional.interpolate(logits[None], (S, S), mode="bilinear", align_corners=False)
+        expected = torch.nn.functional.interpolate(grid, (40, 56), mode="bilinear", align_corners=False)[0, 0] > 0
+        assert (found.idle[kind] != expected.numpy()).mean() < 0.01, kind
 
 
 def test_an_answer_of_lower_precision_is_explained(precision="bfloat16"):
@@ -191,5 +212,5 @@ def test_an_answer_of_lower_precision_is_explained(precision="bfloat16"):
     answer = predict_image(model, image, [TEXT, TEXT], precision=precision)
     for target in range(2):
         found = explain(model, image, answer, target, [TEXT, TEXT], precision=precision)
-        drawn = [found.probability, found.A_pos, found.texture_effect, *found.gate.values()]
+        drawn = [found.probability, found.A_pos]
         assert all(x.shape == (48, 64) and x.dtype == np.float32 and np.isfinite(x).all() for x in drawn)
