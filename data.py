@@ -128,7 +128,7 @@ class Dataset:
             status = self.source.file(self.row(i)).stat()
         except OSError:  # read() will say what is wrong
             return None
-        return repr((self.key(i), 0, status.st_size, status.st_mtime_ns))
+        return repr((self.key(i), status.st_size, status.st_mtime_ns))
 
     def __getitem__(self, i):
         row = self.row(i)

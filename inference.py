@@ -346,7 +346,8 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     on_image = lambda grid: to_original(grid[None].float(), image.shape[:2])[0].cpu().numpy()
     array = lambda x: None if x is None else x[0].float().cpu().numpy()
     texts, one = as_lists(texts), slice(target, target + 1)
-    priors, probability = answer.priors.take(one), on_image(answer.grid[target].sigmoid())
+    priors = answer.priors.take(one)
+    probability = to_original(answer.grid[target][None], image.shape[:2])[0].sigmoid().cpu().numpy()
     inside = probability > 0.5 if (probability > 0.5).any() else np.ones_like(probability, bool)
     gate = {} if answer.steps["gate"] is None else {
         branch: float(on_image(weight)[inside].mean())
