@@ -200,7 +200,8 @@ def pointing(explained, mask):
         return ""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    return f"; {gain[box].sum() / gain.sum():.0%} of the gain in the mask's box, {mask[box].size / mask.size:.0%} by chance"
+    share, chance = gain[box].sum() / gain.sum(), mask[box].size / mask.size
+    return f"; {share:.0%} of the gain in the mask's box, {chance:.0%} by chance"
 
 
 def sampling(axis, mask, explained):

@@ -34,8 +34,8 @@ constexpr int SHARED = 48 << 10;  // bytes of shared memory that any block may h
 constexpr int LARGEST = 9;        // kernel size that is compiled as a constant
 
 // Messages are one string each: TORCH_CHECK with several parts, or with a number, puts them together in a stream of the
-// C++ library, and on a machine with g++ 13.3, nvcc 13.0 and PyTorch 2.11 that was a segmentation fault. So is the message
-// of AT_DISPATCH for other types, which therefore are refused before.
+// C++ library, and on a machine with g++ 13.3, nvcc 13.0 and PyTorch 2.11 that was a segmentation fault. AT_DISPATCH does
+// so too where a type is not among its own; these are refused before.
 inline void check_dtype(const Tensor& x) {
   const auto type = x.scalar_type();
 #ifdef MEDSEGR_HOST

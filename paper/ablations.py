@@ -167,8 +167,9 @@ def table_text(table, numbers, intervals, about):
     full, rows = list(numbers)[-1], []
     for row, values in dice.items():
         difference = values.mean() - dice[full].mean()
+        edges = intervals[row] if row != full else None
         cells = [row, show(values.mean()), show(values.std()), str(len(values) or "-"), show(difference, "+.2f"),
-                 " to ".join(f"{100 * edge:+.2f}" for edge in intervals[row]) if row != full and intervals[row] else "-"]
+                 " to ".join(f"{100 * edge:+.2f}" for edge in edges) if edges else "-"]
         if row in paper["rows"]:
             theirs = np.array(paper["rows"][row])
             cells += [*map(show, theirs), *(show(v, "+.2f") for v in theirs - paper["rows"][full])]

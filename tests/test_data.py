@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import data
 from common import ATTRIBUTES
 from conftest import ROOT, fails
-from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, draw_pairs, make_batch, make_sample, move,
-                  open_dataset, point_prompt, prompt_rng, to_original)
+from data import (CLICKS, Batches, add_prompts, box_prompt, correction_points, draw_jitter, draw_pairs, make_batch,
+                  make_sample, move, open_dataset, point_prompt, prompt_rng, to_original)
 from encoders import FeatureCache
 from readers.pictures import RawSample
 from readers.synapse import ORGANS
