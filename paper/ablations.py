@@ -129,7 +129,7 @@ def report(chosen, seeds, out):
     write_atomically(out / "tables.json", json.dumps(numbers, indent=1).encode())
 
 
-def interval(row, full, draws=2000):
+def interval(row, full):
     """{seed: eval.json} of two rows -> the 95 % interval of the difference of their mean strict Dice, or None where a
     data set has a single case. Paired bootstrap over the cases: each keeps its structures, and of each structure the
     difference, the mean over the seeds that both rows have."""
@@ -141,7 +141,7 @@ def interval(row, full, draws=2000):
         return None
     difference = pd.concat(parts).groupby(level=["case", "target"]).agg(["sum", "count"])
     sums, counts = (difference[column].unstack().fillna(0).to_numpy() for column in ("sum", "count"))
-    return bootstrap_means(sums, counts, n=draws)[-1]
+    return bootstrap_means(sums, counts)[-1]
 
 
 def score_rows(evaluation):

@@ -64,14 +64,14 @@ def line_through(x, y):
     return linregress(x, y) if len(x) > 2 and x.min() < x.max() else None
 
 
-def slope(targets, column, draws=2000, seed=0):
+def slope(targets, column):
     """The slope of Dice over a column, by least squares, with its 95 % interval, as text; the bootstrap draws cases,
     whose targets stay together."""
     x, y = targets[column], targets["dice_strict"]
     sums = pd.DataFrame(dict(n=1.0, x=x, y=y, xx=x * x, xy=x * y)).groupby(targets["case"]).sum().to_numpy()
     if len(sums) < 3 or line_through(x, y) is None:
         return "-"
-    times = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
+    times = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), 2000)
     n, x, y, xx, xy = (np.vstack([np.ones(len(sums)), times]) @ sums).T  # the first is of all cases as they are
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw of one x
         slopes = (n * xy - x * y) / (n * xx - x * x)
