@@ -42,6 +42,7 @@ class Texts:
         self.classes = entry
         self.described = [other for other, value in entries.items() if isinstance(value, dict)]  # with texts of its own
         self.file, self.images = per_image, read_image_texts(per_image) if per_image else {}
+        self.bare = 0.0  # training: the share of random draws that are the class's name alone, as a user may type it
 
     def check(self, pairs):
         """InputError unless every (class, modality) of a data set has its texts; those of single images aside."""
@@ -106,6 +107,8 @@ class Texts:
         def pick(wordings):
             trained, _ = split_wordings(wordings)
             return wordings[number % len(wordings)] if rng is None else trained[rng.integers(len(trained))]
+        if rng is not None and self.bare and rng.random() < self.bare:
+            return dict.fromkeys(ATTRIBUTES, target)
         return self.choose(target, modality, sample, pick)
 
     def held_out(self, target, modality, k=0, sample=None):
@@ -135,6 +138,7 @@ class Texts:
         found = {}
         for name in self.described:
             texts = Texts(name, self.path, entries=self.entries)
+            texts.bare = self.bare
             for target in texts.classes:
                 for modality in texts.modalities(target):
                     texts.check([(target, modality)])

@@ -76,6 +76,7 @@ def set_up(args, rank, world, device, signals):
     r.val_rows = np.unique(np.linspace(0, len(r.val_set) - 1, args.val_slices).round().astype(int)).tolist()
     r.val_prompt = "none" if args.prompt == "mixed" else args.prompt
     r.texts = open_texts(args)
+    r.texts.bare = args.bare_names
     r.texts.check(train_set.pairs)
     if unused := r.texts.unused([*train_set.sources, *r.val_set.sources]):
         r.say(unused)
@@ -344,6 +345,7 @@ def parse():
     add("--loss-weights", type=number(0, 1e6), nargs=3, default=(20.0, 1.0, 1.0), help="of focal, Dice and IoU")
     add("--contrastive-loss", type=number(0, 1e6), default=0.5, help="its weight, between the texts of structures")
     add("--drop-words", type=number(0, 0.9), default=0.0, help="the share of the texts' tokens that a step leaves out")
+    add("--bare-names", type=number(0, 1), default=0.0, help="the share of texts that are the structure's name alone")
     add("--dense-loss", type=number(0, 1e6), default=1.0, help="its weight, with --align")
     add("--adapter", action="store_true", help="beyond the paper: a U-Net on the frozen features (beyond.py)")
     add("--align", action="store_true", help="beyond the paper: dense alignment of pixels and texts (beyond.py)")

@@ -92,13 +92,25 @@ def test_attribute_texts():
     wordings = {kind: KNOWN.wordings("liver", "ct", kind) for kind in ATTRIBUTES}
     assert first == {kind: wordings[kind][0] for kind in ATTRIBUTES} == KNOWN("liver", "ct")
     rng = np.random.default_rng(0)
-    drawn = [KNOWN("liver", "ct", rng=rng) for _ in range(400)]
+    drawn = [KNOWN("liver", "ct", rng=rng) for _ in range(900)]
     for kind in ATTRIBUTES:
         assert {d[kind] for d in drawn} == set(split_wordings(wordings[kind])[0])
-    assert len({tuple(d.values()) for d in drawn}) > 300  # the attributes are drawn apart
+    assert len({tuple(d.values()) for d in drawn}) > 800  # the attributes are drawn apart
     last = {kind: len(wordings[kind]) - 1 for kind in ATTRIBUTES}  # by number every wording can be had
     assert all(KNOWN("liver", "ct", number=n)[kind] == wordings[kind][-1] for kind, n in last.items())
     fails(lambda: KNOWN("heart", "ct"), "attributes.json", "class heart", '"heart": {"position"')
+
+
+def test_a_share_of_the_draws_is_the_name_alone():
+    texts, plain = Texts("synapse"), Texts("synapse")
+    texts.bare = 0.25
+    for draw in (lambda rng: texts("liver", "ct", rng=rng), texts.concepts()["liver"]):
+        rng = np.random.default_rng(0)
+        drawn = [draw(rng) for _ in range(800)]
+        bare = [text == dict.fromkeys(ATTRIBUTES, "liver") for text in drawn]
+        assert 0.2 < np.mean(bare) < 0.3
+        assert not any("liver" in text.values() for text, alone in zip(drawn, bare) if not alone)
+    assert texts("liver", "ct") == plain("liver", "ct") and texts.held_out("liver", "ct") == plain.held_out("liver", "ct")
 
 
 @pytest.mark.parametrize("n, held", [(1, 0), (4, 0), (5, 1), (9, 1), (10, 2), (27, 5)])
