@@ -130,10 +130,12 @@ inline void run_block(const char* name, unsigned threads, std::mt19937& random) 
       if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
     }
     left = std::count_if(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return !f.done; });
-    TORCH_CHECK(left == 0 || left == threads, name, ": ", left, " of ", threads, " threads wait at a barrier");
+    TORCH_CHECK(left == 0 || left == threads, std::string(name) + ": " + std::to_string(left) + " of " +
+                                                  std::to_string(threads) + " threads wait at a barrier");
     for (unsigned t = 1; left > 0 && t < threads; ++t)
-      TORCH_CHECK(fibers[t].line == fibers[0].line, name, ": threads wait at the barriers of line ", fibers[t].line,
-                  " and line ", fibers[0].line);
+      TORCH_CHECK(fibers[t].line == fibers[0].line,
+                  std::string(name) + ": threads wait at the barriers of line " + std::to_string(fibers[t].line) +
+                      " and line " + std::to_string(fibers[0].line));
   }
 }
 
@@ -157,7 +159,7 @@ template <typename T> T* shared_memory() { return reinterpret_cast<T*>(host::sha
 template <typename... P, typename... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size_t bytes, A... args) {
   TORCH_CHECK(threads > 0 && threads <= 1024 && bytes <= 48 << 10 && grid.x <= INT_MAX && grid.y <= 65535 &&
-                  grid.z <= 65535 && grid.x * grid.y * grid.z > 0, name, ": invalid launch");
+                  grid.z <= 65535 && grid.x * grid.y * grid.z > 0, std::string(name) + ": invalid launch");
   std::mt19937 random(0);
   gridDim = grid, blockDim = dim3(threads);
   host::body = [&] { kernel(static_cast<P>(args)...); };
@@ -168,9 +170,10 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
         host::run_block(name, threads, random);
-        TORCH_CHECK(host::poisoned(host::shared.data() + bytes, host::GUARD), name, ": wrote past its shared memory");
+        TORCH_CHECK(host::poisoned(host::shared.data() + bytes, host::GUARD),
+                    std::string(name) + ": wrote past its shared memory");
       }
-  TORCH_CHECK(host::guarded.intact(), name, ": wrote outside of a tensor");
+  TORCH_CHECK(host::guarded.intact(), std::string(name) + ": wrote outside of a tensor");
 }
 
 }  // namespace medsegr
