@@ -230,7 +230,7 @@ def begin(out, resume, rank, model, optimizer, scaler, progress, about):
 def changes(saved, about):
     """What a resumed run has otherwise than the one that it goes on with."""
     before, now = saved["arguments"], json.loads(json.dumps(about["arguments"]))
-    ignored = {"out", "resume", "cache", "cache_gb", "workers", "save_minutes", "compile"}
+    ignored = {"out", "resume", "cache", "cache_gb", "workers", "save_minutes"}
     found = [f"--{k.replace('_', '-')} {now[k]} (was {before.get(k)})" for k in now
              if k not in ignored and now[k] != before.get(k)]
     found += ["other data than before"] if saved["data"] != about["data"] else []

@@ -110,9 +110,6 @@ def set_up(args, rank, world, device, signals):
         return r.say(f"{r.out}: already trained for {step} steps; raise --epochs or --max-steps to go on")
     r.objective = Objective(model, args.loss_weights, args.dense_loss, args.contrastive_loss, args.targets > 0,
                             args.drop_words)
-    if args.compile:
-        model.modulate_features = torch.compile(model.modulate_features)
-        model.decode_masks = torch.compile(model.decode_masks)
     if world > 1:
         r.objective = DistributedDataParallel(r.objective, broadcast_buffers=False,
                                               find_unused_parameters=not args.targets)
@@ -352,7 +349,6 @@ def parse():
     add("--tune-encoder", default="none", choices=("none", "lora", "all"),
         help="beyond the paper; nothing is cached then")
     add("--lora-rank", type=positive_int, default=4)
-    add("--compile", action="store_true", help="torch.compile: a minute or more first; its gain is not measured")
     add("--feature-grid", type=positive_int, help="pool the features to this grid, to train on a CPU")
     add("--fraction", type=float, default=1.0, help="of the training slices")
     add("--limit", type=positive_int, help="only the first N training slices")
