@@ -100,8 +100,8 @@ class Wordings:
         asked += [Question("", "nonsense", str(k), self.nonsense[k]) for k in drawn]
         for name in chosen:
             others = {other: texts for other, texts in own.items() if other != name}
-            held_out = [self.texts.held_out(name, sample.modality, k) for k in range(6)]
-            words = [self.words(name, sample.modality, number=k) for k in range(6)]
+            held_out = [self.texts.held_out(name, sample.modality, k) for k in range(12)]
+            words = [self.words(name, sample.modality, number=k) for k in range(12)]
             negated = [dict(zip(ATTRIBUTES, each)) for each in zip(*(self.negated[name][kind] for kind in ATTRIBUTES))]
             rng = seeded("words", seed, sample.key, name)
             asked += changed_texts(name, own[name], others, held_out, words, negated, rng)
