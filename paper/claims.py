@@ -22,7 +22,7 @@ from common import (ATTRIBUTES, InputError, Parser, add_runtime_flags, make_fold
                     run, seeded, write_atomically)
 from data import SPLITS, add_data_flags, box_prompt, dataset_options, merge_instances, open_dataset
 from encoders import FeatureCache, fingerprint
-from inference import autocast
+from inference import UNSURE, autocast
 from medsegr import delta
 from metrics import Journal
 from paper.tables import markdown, show
@@ -412,9 +412,9 @@ def roc_table(found):
             + markdown(["", "answers", "found all the same", "area under the ROC curve", "95 % interval"], lines))
     least = threshold(kinds["absent"].score)
     cells = lambda t: [percent((each.score > t).sum(), len(each.score)) for each in kinds.values()]
-    lines = [[name, f"{t:.3f}", *cells(t), f"{dice_above(found, t):.3f}"]
-             for name, t in (("none", 0.0), *((f"{share:.0%} of the absent", threshold(kinds["absent"].score, share))
-                                              for share in (0.2, 0.1, ABSENT, 0.01)))]
+    steps = [("none", 0.0), ("predict.py's", UNSURE), *((f"{share:.0%} of the absent", threshold(
+        kinds["absent"].score, share)) for share in (0.2, 0.1, ABSENT, 0.01))]
+    lines = [[name, f"{t:.3f}", *cells(t), f"{dice_above(found, t):.3f}"] for name, t in steps]
     apart = [out_of_sample(found, kinds, case) for case in dict.fromkeys(found.cases)]
     if len(apart) > 1:
         sums = np.sum(apart, 0)
