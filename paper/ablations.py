@@ -122,11 +122,18 @@ def report(chosen, seeds, out):
         numbers[table] = {row: [e["table"]["mean"]["dice_strict"] for e in each.values()]
                           for row, each in found.items()}
         about = next((e for each in found.values() for e in each.values()), {})
-        intervals = {row: interval(each, found[list(rows)[-1]]) for row, each in found.items()}
-        text += table_text(table, numbers[table], intervals, about) + "\n"
+        full = found[list(rows)[-1]]
+        apart = {row: (mean_difference(each, full), interval(each, full)) for row, each in found.items()}
+        text += table_text(table, numbers[table], apart, about) + "\n"
     print(text)
     write_atomically(out / "tables.md", text.encode())
     write_atomically(out / "tables.json", json.dumps(numbers, indent=1).encode())
+
+
+def mean_difference(row, full):
+    """{seed: eval.json} of two rows -> the difference of their mean strict Dice, over the seeds that both have."""
+    dice = [[each[seed]["table"]["mean"]["dice_strict"] for seed in row.keys() & full.keys()] for each in (row, full)]
+    return float(np.mean(dice[0]) - np.mean(dice[1])) if dice[0] else float("nan")
 
 
 def interval(row, full):
@@ -155,9 +162,9 @@ def score_rows(evaluation):
     return table.set_index([*keys, "n"])["dice_strict"].astype(float)
 
 
-def table_text(table, numbers, intervals, about):
+def table_text(table, numbers, apart, about):
     """Markdown: mean Dice over the seeds, its standard deviation, and how far each row lies from the last one, with its
-    95 % interval, here and in the paper, whose data are others."""
+    95 % interval (`apart`: over the seeds that both have), here and in the paper, whose data are others."""
     paper = NUMBERS["tables"].get(table)
     if not paper or paper["rows"].keys() != numbers.keys():
         paper = dict(datasets=(), rows={})
@@ -166,9 +173,8 @@ def table_text(table, numbers, intervals, about):
     dice = {row: 100 * pd.Series(values, dtype=float) for row, values in numbers.items()}  # NaN: of too few seeds
     full, rows = list(numbers)[-1], []
     for row, values in dice.items():
-        difference = values.mean() - dice[full].mean()
-        edges = intervals[row] if row != full else None
-        cells = [row, show(values.mean()), show(values.std()), str(len(values) or "-"), show(difference, "+.2f"),
+        difference, edges = apart[row] if row != full else (0.0, None)
+        cells = [row, show(values.mean()), show(values.std()), str(len(values) or "-"), show(100 * difference, "+.2f"),
                  " to ".join(f"{100 * edge:+.2f}" for edge in edges) if edges else "-"]
         if row in paper["rows"]:
             theirs = np.array(paper["rows"][row])

@@ -194,6 +194,13 @@ def test_a_real_row(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and figures from evaluations
 
+def test_rows_are_compared_over_the_seeds_that_both_have():
+    of = lambda **seeds: {int(s[1:]): dict(table=dict(mean=dict(dice_strict=v))) for s, v in seeds.items()}
+    assert ablations.mean_difference(of(s0=0.5), of(s0=0.6, s1=0.2)) == pytest.approx(-0.1)
+    assert ablations.mean_difference(of(s0=0.5, s1=0.3, s2=0.9), of(s0=0.6, s1=0.2)) == pytest.approx(0.0)
+    assert np.isnan(ablations.mean_difference(of(s2=0.5), of(s0=0.6)))
+
+
 def evaluation(path, rows, table=None, **about):
     """Writes what eval.py --json writes; rows: (image, case, class, modality, Dice, area, overlap)."""
     names = ("image", "case", "target", "modality", "dice_strict", "area", "overlap")
