@@ -21,7 +21,7 @@ from readers.kvasir import Kvasir
 from readers.pictures import SPLITS
 from readers.sa_med2d import SAMed2D
 from readers.synapse import Synapse
-from texts import Texts, write_form
+from texts import Texts, nonsense, write_form
 
 SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir, Folder)}
 OPTIONS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",), "folder": ("fold",)}
@@ -258,7 +258,7 @@ class Batch:
     index: torch.Tensor  # int64 [M]: the image of each target
     masks: torch.Tensor  # bool [M, S, S]
     texts: list  # M dicts of position, texture, shape
-    targets: list  # M class names
+    targets: list  # M class names; "" for nonsense
     points: tuple | None = None  # (float32 [M, N, 2] (x, y), int64 [M, N])
     boxes: torch.Tensor | None = None  # float32 [M, 4]
     theta: torch.Tensor | None = None  # float32 [B, 2, 3]: how the features are yet to be moved, as the masks were
@@ -301,19 +301,23 @@ def draw_targets(sample, rng, max_targets, absent):
     return drawn
 
 
-def make_batch(samples, texts, rng, max_targets=4, absent=0.1):
+def make_batch(samples, texts, rng, max_targets=4, absent=0.1, senseless=0.0):
     """Samples -> Batch of targets, drawn per image, with texts in random wordings and no prompts yet.
 
-    absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. M can be 0
-    where there is nothing to draw.
+    absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. senseless:
+    the probability that a target's texts are nonsense instead, and its mask empty. M can be 0 where there is nothing to
+    draw.
     """
     size = samples[0].masks.shape[-1]
     index, masks, targets, words = [], [], [], []
     for b, sample in enumerate(samples):
         for target, mask in draw_targets(sample, rng, max_targets, absent):
+            text = texts(target, sample.modality, sample, rng)
+            if senseless and rng.random() < senseless:
+                target, mask, text = "", None, nonsense(rng)
             index, targets = index + [b], targets + [target]
             masks.append(np.zeros((size, size), bool) if mask is None else mask)
-            words.append(texts(target, sample.modality, sample, rng))
+            words.append(text)
     return Batch(images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
                  index=torch.tensor(index, dtype=torch.int64),
                  masks=torch.from_numpy(np.array(masks, bool).reshape(-1, size, size)), texts=words, targets=targets)
@@ -424,7 +428,7 @@ class Batches(torch.utils.data.Dataset):
         self.seed, self.first, self.last = args.seed, first, last
         self.batch_size, self.accumulate, self.jitter = args.batch_size, args.accumulate, args.jitter
         self.prompt, self.points, self.rounds = args.prompt, args.points, args.rounds
-        self.targets, self.absent = args.targets, args.absent
+        self.targets, self.absent, self.senseless = args.targets, args.absent, args.nonsense
         self.dense = args.align and args.dense_loss > 0
         self.concepts = texts.concepts() if args.contrastive_loss else {}
         self.per_step = self.batch_size * self.accumulate * world
@@ -464,7 +468,8 @@ class Batches(torch.utils.data.Dataset):
         rng, sample = seeded("draw", self.seed, step, place), self.dataset[number]
         if prompt == "none":  # nothing tells one of several polyps from the others
             sample = merge_instances(sample)
-        batch = make_batch([sample], self.texts, rng, self.targets, self.absent if prompt == "none" else 0.0)
+        batch = make_batch([sample], self.texts, rng, self.targets,
+                           *(self.absent, self.senseless) if prompt == "none" else (0.0, 0.0))
         if self.dense:
             add_structures(batch, sample)
         if self.jitter:

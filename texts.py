@@ -16,6 +16,10 @@ HERE = Path(__file__).resolve().parent
 FORM = '{"position": ["..."], "texture": ["..."], "shape": ["..."]}'
 TEXTS = ("own", "reworded", "wrong", "empty")
 KEYS = ("image", "target", *ATTRIBUTES, "source", "report", "reviewed")  # of a line of --texts; the last by report.py
+NONSENSE = {  # sentences about things that are in no body
+    "position": ("{}", "on the {}", "to the left of the {}", "at the upper right, behind the {}", "inside a {}"),
+    "texture": ("{}", "bright and even, as of a {}", "dark with the grain of a {}", "made of {}"),
+    "shape": ("{}", "round as a {}", "long and thin, a {}", "the outline of a {}")}
 
 
 def split_wordings(wordings):
@@ -144,6 +148,14 @@ class Texts:
                     texts.check([(target, modality)])
                     found.setdefault(target, []).append(partial(texts, target, modality))
         return {name: partial(draw_any, sources) for name, sources in found.items()}
+
+
+def nonsense(rng):
+    """Random {attribute: text} about one to three of ImageNet's everyday things: there is nothing to find."""
+    from torchvision.models import ResNet50_Weights  # only training asks, and it takes two seconds to load
+    things = ResNet50_Weights.DEFAULT.meta["categories"]
+    drawn = rng.choice(things, rng.integers(1, 4), replace=False)
+    return {kind: rng.choice(forms).format(rng.choice(drawn)) for kind, forms in NONSENSE.items()}
 
 
 def read_entries(name, path):

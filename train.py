@@ -331,6 +331,8 @@ def parse():
     add("--targets", type=number(0, 1000, int), default=4,
         help="structures asked for per image; 0, with --align: none is decoded, the dense map alone learns")
     add("--absent", type=number(0, 1), default=0.1, help="how often an absent structure is asked for, without a prompt")
+    add("--nonsense", type=number(0, 1), default=0.0,
+        help="the share of targets whose texts are of everyday things, and whose mask is empty, without a prompt")
     add("--jitter", type=number(0, 0.5), default=0.1, help="move, scale and turn features by up to this much")
     add("--rounds", type=positive_int, default=1,
         help="SAM-Med2D's interaction: further ones see the last mask and points")

@@ -155,6 +155,20 @@ def test_absent_targets():
     assert all(np.array_equal(b, box_prompt(m)) for b, m in zip(exact.boxes.numpy(), exact.masks.numpy()))
 
 
+def test_nonsense_has_an_empty_mask():
+    rng = np.random.default_rng(0)
+    known = {text for pair in SAMPLES[0].targets for kind in ATTRIBUTES for text in KNOWN.wordings(pair, "ct", kind)}
+    for share in (0.0, 0.3, 1.0):
+        batch = make_batch(SAMPLES * 40, KNOWN, rng, 2, 0.0, share)
+        assert abs(batch.targets.count("") / len(batch.targets) - share) < 0.08
+        for target, mask, texts in zip(batch.targets, batch.masks, batch.texts):
+            assert mask.any() == bool(target) and set(texts) == set(ATTRIBUTES)
+            assert target or not known & set(texts.values())
+    slices = open_dataset("demo", image_size=64, limit=4)
+    draw = lambda prompt: of(slices, prompt=prompt, nonsense=1.0, absent=0.0)[0][0]
+    assert set(draw("none").targets) == {""} and "" not in draw("point").targets  # there a user points at something
+
+
 def test_empty_batch():
     nothing = make_sample(RawSample(np.zeros((32, 32)), np.zeros((0, 32, 32), bool), (), ORGANS, "ct"), 32, "a", "a")
     rng = np.random.default_rng(0)
@@ -169,7 +183,7 @@ def test_empty_batch():
 # The order of the samples, the draws of a step
 
 ARGS = dict(seed=1, batch_size=2, accumulate=1, jitter=0.1, prompt="none", points=1, rounds=1, targets=4,
-            absent=0.25, align=True, dense_loss=1.0, contrastive_loss=0.5)
+            absent=0.25, nonsense=0.0, align=True, dense_loss=1.0, contrastive_loss=0.5)
 
 
 class Numbers(list):
