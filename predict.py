@@ -402,8 +402,9 @@ def predict_input(args, model, texts, name, path, read):
     if whole_volume:
         found, iou = inference.predict_volume(model, pixels, asked, args.precision, min_iou=least)
         z = int(np.argmax((found > 0).sum((1, 2))))  # the slice to explain
-        label = np.empty(grid.shape, np.uint8)
-        slices_of(label, axis)[...] = inference.largest_components(found) if args.largest_component else found
+        alone, label = inference.largest_components(found), np.empty(grid.shape, np.uint8)
+        slices_of(label, axis)[...] = alone if args.largest_component else found
+        say_apart(args, name, found, alone)
         rows = write_volume(args, name, pixels, label, grid, iou, time.time() - started)
         if args.dicom_seg and grid.slices:
             write_dicom_seg(args, name, model, label, grid)
@@ -423,6 +424,15 @@ def predict_input(args, model, texts, name, path, read):
         plots.explanation(file, target, found)
         tqdm.write(f"wrote {file}")
     write_rows(args, name if whole_volume else stem, rows)
+
+
+def say_apart(args, name, found, alone):
+    """Says how much of each target lies outside its largest part: label maps, `alone` with the largest parts alone."""
+    sizes = [np.bincount(x.ravel(), minlength=len(args.names) + 1) for x in (found, alone)]
+    apart = [f"{target} {1 - largest / whole:.0%}" for target, whole, largest in zip(args.names, *(n[1:] for n in sizes))
+             if largest < 0.99 * whole]
+    if apart and not args.largest_component:
+        tqdm.write(f"{name}: apart from its largest part lies of {', '.join(apart)}; --largest-component leaves that out")
 
 
 def load_model(args):

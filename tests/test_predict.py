@@ -120,8 +120,9 @@ def test_inputs_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
             predict.main()
 
 
-def test_switches_of_a_volume(model, tmp_path, monkeypatch):
-    """The mean over wordings is asked for, and the largest component of each target alone is written."""
+def test_switches_of_a_volume(model, tmp_path, monkeypatch, capsys):
+    """The mean over wordings is asked for, and the largest component of each target alone is written; without it, what
+    lies apart is said."""
     volume_file(tmp_path / "v.nii.gz", (0, 1, 2), (False,) * 3)
     seen = []
 
@@ -137,6 +138,7 @@ def test_switches_of_a_volume(model, tmp_path, monkeypatch):
         command(monkeypatch, model[1], *flags, *switches)
         assert np.count_nonzero(np.asarray(nib.load(tmp_path / "v-label.nii.gz").dataobj)) == voxels
         assert [len(words) for words in seen.pop()] == [wordings]
+        assert ("v: apart from its largest part lies of liver 20%" in capsys.readouterr().out) == (voxels == 5)
 
 
 def test_several_inputs_and_no_checkpoint_named(model, tmp_path, monkeypatch, capsys):
