@@ -99,7 +99,7 @@ def load_checkpoint(path, **overrides):
     return model.eval(), record
 
 
-def ship(checkpoint, path, rank=16):
+def ship(checkpoint, path, rank=12):
     """A checkpoint -> PATH.safetensors and PATH.json in a quarter of the bytes, as weights/ holds them: float16, and of
     the heads on flattened tokens the best approximation of this rank, up to the last token that any text reached in
     training (all weights behind it are zero still). Of the record no argument that names a file or folder is kept.
