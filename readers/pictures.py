@@ -118,7 +118,8 @@ def opened(path, page=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about tags that say nothing of pixels
-            with Image.open(path, formats=FORMATS) as image:
+            # not by its path: Pillow would map some TIFFs, and cuts those that lie on their side at the wrong places
+            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 # a telephone's JPEG may hold a preview, or a map of brightness, behind its picture
                 pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 if pages > 1 and page is None:

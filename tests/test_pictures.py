@@ -57,7 +57,7 @@ def test_every_kind_of_picture_is_read_as_pillow_shows_it(tmp_path_factory, kind
     exif[0x0112] = orientation
     given = dict(exif=exif) if form in ("PNG", "JPEG", "TIFF", "WEBP") else {}
     pixels_of(mode, height, width, seed).save(path, form, **given)
-    with Image.open(path) as stored:
+    with open(path, "rb") as file, Image.open(file) as stored:  # by its path Pillow would map it, see `opened`
         stored.load()
         deep = mode in ("I;16", "I", "F")
         truth = stretched(np.asarray(ImageOps.exif_transpose(stored)).astype(float)) if deep else over_black(stored)
@@ -65,6 +65,22 @@ def test_every_kind_of_picture_is_read_as_pillow_shows_it(tmp_path_factory, kind
     assert found.dtype == np.uint8 and found.flags["C_CONTIGUOUS"] and found.shape == truth.shape
     assert np.abs(found.astype(int) - truth).max() <= deep
     assert picture_format(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "RGB"])
+def test_a_tiff_on_its_side_is_its_stored_pixels_turned(mode, orientation, tmp_path):
+    """Stored without compression as with it."""
+    turned = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
+              6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: lambda a: np.rot90(a)}
+    image, found = pixels_of(mode, 7, 23, 0), []
+    for n, options in enumerate((dict(), dict(compression="tiff_lzw"))):
+        image.save(tmp_path / f"{n}.tif", tiffinfo={274: orientation}, **options)
+        found.append(read_image(tmp_path / f"{n}.tif"))
+    if mode in ("L", "RGB"):
+        truth = np.asarray(image) if mode == "RGB" else np.repeat(np.asarray(image)[..., None], 3, 2)
+        assert np.array_equal(found[0], turned[orientation](truth))
+    assert np.array_equal(*found) and found[0].shape == ((7, 23, 3) if orientation < 5 else (23, 7, 3))
 
 
 @QUICK
