@@ -160,9 +160,13 @@ def draft(args):
     make_folder(out.parent)
     done = {report.image for report in read_reports(out)} if out.is_file() else set()
     names = [Path(image).stem for image in args.images]
+    for target in args.targets:
+        if set(target) & set("|,\n"):
+            raise InputError(f"--targets {target}: | and commas separate the names in the file; leave them out")
     for image, name in zip(args.images, names):
-        if names.count(name) > 1 or "|" in name:
-            raise InputError(f"{image}: images are known by their names, which should differ and hold no |; rename it")
+        if names.count(name) > 1 or "|" in name or name.startswith("="):
+            raise InputError(f"{image}: images are known by their names, which should differ, hold no | and begin with "
+                             "no =; rename it")
     prompt = DRAFT.get(args.modality, DRAFT["other"]).format(targets=", ".join(args.targets), modality=args.modality)
     client = connect(args.server, args.timeout)
     for image, name in zip(tqdm(args.images, "drafting", unit="report"), names):
@@ -186,16 +190,19 @@ def draft(args):
 
 
 def extract(args):
-    """Reviewed reports to the JSON lines file of texts; what is in it and has not changed stays."""
+    """Reviewed reports to the JSON lines file of texts; what is in it and has not changed stays, and so do the lines of
+    a user's own, which come from no report."""
     reports, out = read_reports(args.reports), Path(args.out or "texts.jsonl")
     make_folder(out.parent)
     client, failed = connect(args.server, args.timeout), []
     todo = {(r.image, target): r for r in reports for target in r.targets if r.status == "reviewed"}
-    lines = {key: line for key, line in read_lines(out).items() if key in todo}
+    before = read_lines(out)
+    own = {key: line for key, line in before.items() if "report" not in line}
+    lines = own | {key: line for key, line in before.items() if key in todo}
     for key, report in tqdm(todo.items(), "extracting", unit="target"):
         text, source = report.text.strip(), f"model {args.model}"
         digest = hashlib.blake2b(f"{source}\0{text}".encode(), digest_size=8).hexdigest()
-        if lines.get(key, {}).get("report") == digest:
+        if key in own or lines.get(key, {}).get("report") == digest:
             continue
         lines.pop(key, None)
         if fields := 0 < len(text) <= LONGEST_REPORT and ask_attributes(client, args.model, report, key[1]):

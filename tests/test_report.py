@@ -166,6 +166,21 @@ def test_nothing_unreviewed_goes_on(fake, tmp_path, monkeypatch, capsys):
     assert not lines_of(out)
 
 
+def test_lines_of_the_users_own_stay(fake, tmp_path, monkeypatch):
+    """Whether a report of them is reviewed, waits, or was never there, and whatever the model says; it is not asked."""
+    own = [dict(image=image, target="liver", position="mine", texture="mine", shape="mine") for image in "abc"]
+    out = tmp_path / "t.jsonl"
+    out.write_text("".join(json.dumps(line) + "\n" for line in own))
+    (tmp_path / "r.txt").write_text("=== a | liver, spleen | reviewed\nx\n=== b | liver | draft\ny\n")
+    for answer, more in ((lambda body: completion(""), 0), (lambda body: completion(GOOD), 1)):
+        try:
+            command(monkeypatch, "extract", tmp_path / "r.txt", "--out", out, "--server", fake(answer))
+        except InputError as e:
+            assert "a, spleen" in str(e) and "a, liver" not in str(e) and not more
+        found = lines_of(out)
+        assert [found[line["image"], "liver"] for line in own] == own and len(found) == 3 + more
+
+
 @pytest.mark.parametrize("text", ["", "x" * 6001])
 def test_a_report_that_says_nothing_or_too_much_is_not_asked_about(text, fake, tmp_path, monkeypatch):
     (tmp_path / "r.txt").write_text(f"=== a | liver | reviewed\n{text}\n")
@@ -236,7 +251,8 @@ def test_drafts_wait_for_review(fake, tmp_path, monkeypatch, capsys):
     (["draft", "none.png", "--targets", "x"], "none.png"), (["extract", "none.txt"], "none.txt"), (["sort"], "sort"),
     (["extract", "r.txt", "--timeout", "0"], "--timeout"),
     (["extract", "r.txt", "--server", "x"], "--server x"),
-    (["draft", "a/x.png", "b/x.png", "--targets", "x"], "a/x.png")])
+    (["draft", "a/x.png", "b/x.png", "--targets", "x"], "a/x.png"), (["draft", "=a.png", "--targets", "x"], "=a.png"),
+    (["draft", "x.png", "--targets", "a|b"], "--targets a|b"), (["draft", "x.png", "--targets", "a, b"], "--targets a, b")])
 def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.txt").write_text("=== a | b | reviewed\nx")
