@@ -98,6 +98,11 @@ def read_record(path):
     return read_json(path, "delete it") if path.is_file() else {}
 
 
+def is_newer(made, *grids):
+    """Whether a file was made after the volumes were put where they are, or last changed."""
+    return all(made.stat().st_mtime_ns > grid.path.stat().st_ctime_ns for grid in grids)
+
+
 def tilted(cases):
     """What the last line says of volumes that lie obliquely; below a degree it does not matter."""
     tilts = [image.tilt for image, _ in cases.values() if image.tilt > 1]
@@ -108,14 +113,15 @@ def tilted(cases):
 # Synapse (BTCV)
 
 def synapse(raw, out):
-    """A case is complete when its files are there, of its shape, and spacing.json, written last, has its spacing."""
+    """A case is complete when its files are there, of its shape and newer than the volume's, and spacing.json, written
+    last, has its spacing."""
     cases = {f"case{number}": read_pair(*paths) for number, paths in synapse_pairs(raw).items()}
     if not (out / "spacing.json").is_file() and any((out / folder).exists() for folder in ("train_npz", "test_vol_h5")):
         raise InputError(f"{out}: holds slices without our spacing.json, so they come from elsewhere; choose another "
                          "place with --out, or move them away")
     spacing = read_record(out / "spacing.json")
     todo = [case for case, (image, _) in cases.items()
-            if spacing.get(case) != image.spacing or not synapse_complete(out, case, image)]
+            if spacing.get(case) != image.spacing or not synapse_complete(out, case, *cases[case])]
     make_folder(out)
     spacing = {case: mm for case, mm in spacing.items() if case not in todo}
     record_synapse(out, spacing)
@@ -154,14 +160,16 @@ def synapse_files(out, case, grid):
     return [out / f"train_npz/{case}_slice{i:03d}.npz" for i in range(grid.shape[0])]
 
 
-def synapse_complete(out, case, grid):
+def synapse_complete(out, case, image, label):
     """Whether just these are there, and hold a volume of this shape: files appear whole, so the first speaks for all."""
-    paths, test = synapse_files(out, case, grid), case[4:] in TEST_CASES
+    paths, test = synapse_files(out, case, image), case[4:] in TEST_CASES
     if sorted([*out.glob(f"test_vol_h5/{case}.npy.h5"), *out.glob(f"train_npz/{case}_slice*.npz")]) != paths:
+        return False
+    if not is_newer(paths[0], image, label):
         return False
     try:
         with h5py.File(paths[0]) if test else np.load(paths[0]) as first:
-            return first["image"].shape == grid.shape[0 if test else 1:]
+            return first["image"].shape == image.shape[0 if test else 1:]
     except (OSError, ValueError, KeyError, BadZipFile):
         return False
 
@@ -214,10 +222,11 @@ def synapse_summary(out, spacing, cases):
 # KiTS19
 
 def kits19(raw, out):
-    """A case is complete when its arrays are there and case.json, written last, has the volume's shape and spacing."""
+    """A case is complete when its arrays are there and case.json, written last, has the volume's shape and spacing and
+    is newer."""
     pairs, skipped = kits19_pairs(raw)
     cases = {case: read_pair(*paths) for case, paths in pairs.items()}
-    todo = [case for case, (image, _) in cases.items() if not kits19_complete(out / case, image)]
+    todo = [case for case, pair in cases.items() if not kits19_complete(out / case, *pair)]
     make_folder(out)
     for case in tqdm(todo, "preparing kits19", unit="case"):
         write_kits19(out / case, *cases[case])
@@ -246,9 +255,10 @@ def kits19_pairs(raw):
     return pairs, skipped
 
 
-def kits19_complete(folder, grid):
+def kits19_complete(folder, image, label):
     record = read_record(folder / "case.json")
-    return (record.get("shape") == list(grid.shape) and record.get("spacing") == grid.spacing
+    return (record.get("shape") == list(image.shape) and record.get("spacing") == image.spacing
+            and is_newer(folder / "case.json", image, label)
             and all((folder / f"{kind}.npy").is_file() for kind in ("image", "label")))
 
 

@@ -302,6 +302,26 @@ def test_complete_cases_are_skipped(tmp_path):
         assert tree(out) == whole
 
 
+@pytest.mark.parametrize("name, raw, changed", [
+    ("synapse", raw_synapse, "label0005"), ("synapse", raw_synapse, "img0001"), ("kits19", raw_kits19, "segmentation")])
+def test_a_corrected_volume_is_prepared_anew(tmp_path, name, raw, changed):
+    """Of the same shape and spacing, and put there with whatever time it had; no other case is."""
+    raw(tmp_path / "raw")
+    prepare(name, tmp_path / "raw", tmp_path / "out")
+    before, path = stamps(tmp_path / "out"), min((tmp_path / "raw").rglob(f"{changed}*"))
+    volume = nib.load(path)
+    values = np.asarray(volume.dataobj).copy()
+    values[values == values.max()] = values.min()
+    other = tmp_path / f"other{''.join(path.suffixes)}"
+    nib.save(nib.Nifti1Image(values, volume.affine, volume.header), other)
+    os.utime(other, (1e9, 1e9))
+    os.replace(other, path)
+    prepare(name, tmp_path / "raw", tmp_path / "out")
+    case = path.parent.name if name == "kits19" else f"case{changed[-4:]}"
+    redone = {p for p, stamp in stamps(tmp_path / "out").items() if before[p] != stamp}
+    assert redone and all(case in str(p) for p in redone if p.suffix in (".npy", ".npz", ".h5"))
+
+
 @pytest.mark.parametrize("name, raw, check", [("synapse", raw_synapse, check_synapse),
                                               ("kits19", raw_kits19, check_kits19)])
 def test_other_files_under_the_same_name(tmp_path, name, raw, check):
