@@ -23,6 +23,7 @@ from inference import UNSURE, Predictor, answers, by_class, label_maps, largest_
 from medsegr import Config, MedSegR
 from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
                      summarise, with_none)
+from runs import fingerprint as of_dataset
 from runs import load_checkpoint, newest_checkpoint
 from texts import TEXTS, Rephrased
 
@@ -31,10 +32,11 @@ from texts import TEXTS, Rephrased
 
 def evaluate_case(predictor, dataset, images, step=lambda: None, largest_component=False):
     """The images of a case, numbers -> the rows of its volume and of its targets, as metrics.score_table takes them."""
-    maps, rows = [], []
+    maps, rows, known = [], [], []  # known: not of slices labelled "ignore", where nothing is looked for
     for i in images:
         sample = predictor.prepare(dataset[i])
         if dataset.volumes:
+            known.append(bool(sample.targets or sample.absent))
             maps.append(label_maps(predictor, sample, dataset.classes))
         else:  # an image is a case of its own
             found = [answers(*predictor(sample), sample)]
@@ -42,7 +44,8 @@ def evaluate_case(predictor, dataset, images, step=lambda: None, largest_compone
     about = dict(case=sample.case, modality=sample.modality)
     if dataset.volumes:
         prediction, truth = map(np.stack, zip(*maps))
-        prediction = largest_components(prediction) if largest_component else prediction
+        if largest_component:
+            prediction[known] = largest_components(prediction[known])
         found = ([each for each in by_class(a, b, dataset.classes) if each[2].any()] for a, b in zip(prediction, truth))
         # the slice with most classes, then with most of them
         shown = images[max(range(len(truth)), key=lambda z: (len(np.unique(truth[z])), (truth[z] > 0).sum()))]
@@ -207,9 +210,9 @@ def main():
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split,
                  prompt=args.prompt, points=args.points, text=args.text, attributes_file=args.attributes_file,
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, min_iou=args.min_iou,
-                 seed=args.seed, limit=args.limit, step=record.get("step"), precision=args.precision,
+                 seed=args.seed, limit=args.limit, **dataset_options(args), step=record.get("step"), precision=args.precision,
                  model=model.describe(), images=len(dataset))
-    settings = about | dict(data=str(args.data), texts=str(args.texts), weights=fingerprint(model.trained()))
+    settings = about | dict(data=[str(args.data), of_dataset(dataset)], texts=str(args.texts), weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
     if rank == 0:
         print(model.describe())

@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -195,6 +197,40 @@ def test_the_largest_component_of_a_volume(monkeypatch):
         assert first_liver(volumes) == evaluation.dice(found == liver, truth == liver)
         z = next(z for z in range(4) if (truth[z] == liver).any())
         assert first_liver(targets) == evaluation.dice(found[z] == liver, truth[z] == liver)
+
+
+class Exact(Noise):
+    """Finds all that is there, on the samples' own grid."""
+    def __call__(self, sample):
+        return list(sample.targets), torch.from_numpy(np.array(sample.truth, bool).reshape(-1, *sample.size)) * 2.0 - 1
+
+
+def test_a_slice_of_which_nothing_is_known_cuts_no_organ(monkeypatch):
+    """A slice labelled "ignore" has neither targets nor absent structures; the largest part reaches over it."""
+    dataset = open_dataset("demo", split="test", image_size=64, limit=1)
+    sample = dataset[0]
+    nothing = replace(sample, targets=(), absent=(), masks=sample.masks[:0], truth=sample.truth[:0])
+    slices = [sample] * 5 + [nothing] + [sample] * 4
+
+    class Volume(list):
+        volumes, classes, source = True, dataset.classes, SimpleNamespace(spacing=lambda case: None)
+
+    for switch in (False, True):
+        rows = evaluation.evaluate_case(Exact(), Volume(slices), range(10), largest_component=switch)
+        whole = [row["dice_strict"] for row in rows if row["volume"] and row["target"] in sample.targets]
+        assert len(whole) == len(set(sample.targets)) and min(whole) > 0.99  # a few pixels lie apart
+
+
+def test_another_data_set_of_the_same_name_is_evaluated_anew(small, tmp_path, monkeypatch, capsys):
+    """What a killed evaluation has found is of its own settings of the data alone."""
+    from runs import save_checkpoint
+    save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo")
+    kept = []
+    monkeypatch.setattr(evaluation.Journal, "remove", lambda self: kept.append(self))
+    for size in (1, 0.5, 1):
+        result, _ = run_eval(monkeypatch, capsys, tmp_path, "--limit", 2, "--size", size)
+        assert result["size"] == size
+    assert len({journal.key for journal in kept}) == 2 and kept[0].key == kept[2].key != kept[1].key
 
 
 def test_largest_component_is_for_volumes_and_is_named(small, tmp_path, monkeypatch, capsys, linked):
