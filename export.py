@@ -30,7 +30,7 @@ from inference import predict_image, wordings
 from medsegr import Priors
 from ops.reference import dense_kernel
 from runs import default_checkpoint, load_checkpoint
-from texts import Texts
+from texts import Texts, own_texts
 
 OPSET = 18
 TOLERANCE = 1e-3  # of the range of the logits: how far those of the files may be from PyTorch's
@@ -239,7 +239,8 @@ def main():
     checkpoint = args.checkpoint or default_checkpoint(args.modality)
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     dataset = args.dataset or record.get("dataset") or "synapse"
-    texts = Texts(dataset, args.attributes_file) if args.target else None
+    own = own_texts(record) if args.dataset in (None, "folder") else None
+    texts = Texts(dataset, args.attributes_file or own) if args.target else None
     for target in args.target or ():
         args.texts += wordings(texts, args.mean_wordings, target, args.modality, None)
     make_folder(args.out.parent)
