@@ -1,6 +1,7 @@
 """data.py stats: what a data set holds, and everything that is wrong with its files, named one by one."""
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,38 +14,30 @@ from metrics import SMALL, overlap_rate
 from readers.pictures import SPLITS
 
 
-class Records(torch.utils.data.Dataset):
-    """Item i: what there is to say about image i of a split, and what is wrong with it, as a dict."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        source, row = self.dataset.source, self.dataset.row(i)
-        record = dict(key=source.key(row), case=source.case(row), wrong=[], targets=[])
-        # strict: also what the reader would pass over in training
-        for options in ({"strict": True}, {}) if source.name == "sa-med2d" else ({},):
-            try:
-                raw = source.read(row, **options)
-                break
-            except InputError as e:
-                record["wrong"].append(str(e))
-        else:
-            return record
-        record |= dict(modality=raw.modality, size="{} x {}".format(*raw.image.shape))
-        pixels = np.ascontiguousarray(raw.image)
-        if pixels.min() < pixels.max():
-            record["digest"] = hashlib.blake2b(pixels, digest_size=8).digest()
-        elif len(raw.masks):
-            record["wrong"].append(f"{record['key']}: has masks, but all its pixels are equal; restore the image")
-        if len(raw.masks):
-            shared = (raw.masks & (raw.masks.sum(0) > 1)).any((1, 2))
-            measured = raw.masks.mean((1, 2)), overlap_rate(raw.masks), shared
-            record["targets"] = list(zip(raw.targets, *(values.tolist() for values in measured)))
+def inspect(dataset, i):
+    """What there is to say about image i of a split, and what is wrong with it, as a dict."""
+    source, row = dataset.source, dataset.row(i)
+    record = dict(key=source.key(row), case=source.case(row), wrong=[], targets=[])
+    # strict: also what the reader would pass over in training
+    for options in ({"strict": True}, {}) if source.name == "sa-med2d" else ({},):
+        try:
+            raw = source.read(row, **options)
+            break
+        except InputError as e:
+            record["wrong"].append(str(e))
+    else:
         return record
+    record |= dict(modality=raw.modality, size="{} x {}".format(*raw.image.shape))
+    pixels = np.ascontiguousarray(raw.image)
+    if pixels.min() < pixels.max():
+        record["digest"] = hashlib.blake2b(pixels, digest_size=8).digest()
+    elif len(raw.masks):
+        record["wrong"].append(f"{record['key']}: has masks, but all its pixels are equal; restore the image")
+    if len(raw.masks):
+        shared = (raw.masks & (raw.masks.sum(0) > 1)).any((1, 2))
+        measured = raw.masks.mean((1, 2)), overlap_rate(raw.masks), shared
+        record["targets"] = list(zip(raw.targets, *(values.tolist() for values in measured)))
+    return record
 
 
 def summary(images, targets):
@@ -108,7 +101,8 @@ def stats(args, open_split, open_texts):
             for pair in dataset.source.pairs if not texts.images else ():
                 for kind in ATTRIBUTES:
                     tried(texts.wordings, *pair, kind)
-        loader = torch.utils.data.DataLoader(Records(dataset), batch_size=None, num_workers=args.workers)
+        loader = torch.utils.data.DataLoader(range(len(dataset)), batch_size=None, num_workers=args.workers,
+                                             collate_fn=partial(inspect, dataset))
         bar = tqdm(loader, f"reading {split}", unit="image", mininterval=1)
         splits[split], found, rows = count(bar, split, seen)
         wrong += found

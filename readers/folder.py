@@ -9,7 +9,7 @@ import numpy as np
 
 from common import MODALITIES, InputError, alone_in, make_folder, read_json, read_text, visible, whole
 from readers.pictures import (SUFFIXES, RawSample, deep_values, is_deep, opened, read_image, split_cases,
-                              to_pixels, unreadable, upright)
+                              to_pixels, unreadable)
 
 VERSION = 1  # of the prepared volumes: others are made anew
 # what a channel's name begins with -> its modality
@@ -299,7 +299,6 @@ def read_ids(path):
             ids = ids if image.mode != "1" else ids // 255
         if image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or halved:
             raise InputError(f"{path}: a label of {image.format}, which changes values; store it as PNG, 8 bits gray")
-        ids = upright(image, ids)
     if ids.ndim == 3 and (ids == ids[..., :1]).all():
         ids = ids[..., 0]
     with np.errstate(invalid="ignore"):

@@ -2,12 +2,12 @@
 a picture file, of the command line, the page and the data sets."""
 import hashlib
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 
 from common import InputError
@@ -72,10 +72,6 @@ OTHERS = {
     b"NRRD": "NRRD; store it as NIfTI", b"ObjectType": "MetaImage; store it as NIfTI",
     b"\x5c\x01\0\0": "NIfTI; give it with its own suffix, .nii or .nii.gz",
     b"\0\0\x01\x5c": "NIfTI; give it with its own suffix, .nii or .nii.gz"}
-# EXIF's orientation -> the stored array as a viewer shows it
-UPRIGHT = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-           6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-           8: lambda a: a[:, ::-1].swapaxes(0, 1)}
 GRAY, COLOUR, ALPHA = ("1", "L"), ("RGB", "RGBX", "P", "CMYK", "YCbCr", "HSV"), ("RGBA", "RGBa", "LA", "La", "PA")
 
 
@@ -130,6 +126,8 @@ def opened(path, page=None):
                 image.seek(page or 0)
                 halved = ";16" in str([tile[3] for tile in image.tile]) and image.mode in (*COLOUR, *ALPHA)
                 image.load()
+                with suppress(Exception):  # a damaged EXIF block, which viewers pass over as well
+                    ImageOps.exif_transpose(image, in_place=True)
                 yield image, halved
     except InputError:
         raise
@@ -141,15 +139,6 @@ def opened(path, page=None):
                          "of a rare kind; copy it again, or store it as a PNG of 8 bits") from None
 
 
-def upright(image, pixels):
-    """The stored array [H,W,...] as a viewer shows it, by EXIF in the loaded image."""
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # a damaged EXIF block, which viewers pass over as well
-        orientation = None
-    return np.ascontiguousarray(UPRIGHT.get(orientation, np.asarray)(pixels))
-
-
 def read_image(path, page=None, window=None, say=None):
     """Any picture file -> uint8 [H,W,3], RGB, upright as viewers show it. What is transparent becomes black.
 
@@ -158,7 +147,7 @@ def read_image(path, page=None, window=None, say=None):
     """
     with opened(path, page) as (image, halved):
         if is_deep(image):
-            return gray_to_rgb(upright(image, to_8_bits(path, image, window, say)))
+            return gray_to_rgb(to_8_bits(path, image, window, say))
         if window:
             raise InputError(f"--window: {path} has 8 bits, which are shown as they are; leave it out")
         if image.mode not in (*GRAY, *COLOUR, *ALPHA):
@@ -166,7 +155,7 @@ def read_image(path, page=None, window=None, say=None):
         if halved and max(high for _, high in image.getextrema()[:3]) < 64:
             raise InputError(f"{path}: has 16 bits a colour, but its values use a quarter of their range or less, of "
                              "which too few levels can be read; scale them to the whole range, or store 8 bits")
-        pixels = upright(image, to_pixels(image))
+        pixels = to_pixels(image)
     return pixels if pixels.ndim == 3 else gray_to_rgb(pixels)
 
 
@@ -247,7 +236,7 @@ def read_mask(path):
         else:
             values = to_pixels(image)
             values = values if values.ndim == 2 else colour_values(path, values)
-        values, noisy = upright(image, values), image.format in ("JPEG", "MPO", "WEBP", "JPEG2000")
+        noisy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000")
     found = np.unique(values)
     if len(found) > (2 if noisy else 8) and values.dtype == np.uint8 and found[-1] > 223:
         check_noise(path, values)
