@@ -182,8 +182,8 @@ def read_pixels(one):
     try:
         array = head.pixel_array  # of YBR as RGB
         if text(head, "PhotometricInterpretation").upper() == "PALETTE COLOR":
-            array = apply_color_lut(array, head)
-            array = (array >> 8 * (array.dtype.itemsize - 1)).astype(np.uint8)
+            table = apply_color_lut(np.arange(2 ** 16, dtype=np.int32), head)  # some hold 8 bits and say that it is 16
+            array = (apply_color_lut(array, head) >> (8 if table.max() > 255 else 0)).astype(np.uint8)
         return array.reshape(one.frames, *one.shape, *((3,) if one.colour else ()))
     except Exception as e:  # pydicom and its decoders raise nearly anything
         remedy, lacking = "copy it again, or store it uncompressed", codec and str(codec.missing_dependencies)

@@ -408,6 +408,37 @@ def test_images(tmp_path):
     assert np.array_equal(read_dicom(file, None, "ultrasound")[0], np.stack([c[byte] for c in colours], -1))
 
 
+def with_palette(file, pixels, tables, bits, segmented=False):
+    """A PALETTE COLOR file whose `tables`, uint [3, entries], are declared as of so many bits."""
+    d = dataset(pixels, uid.UltrasoundImageStorage, Modality="US", PhotometricInterpretation="PALETTE COLOR")
+    for name, table in zip(("Red", "Green", "Blue"), tables):
+        setattr(d, f"{name}PaletteColorLookupTableDescriptor", [len(table), 0, bits])
+        if segmented:  # one discrete segment: 0, its length, its values
+            table = np.array([0, len(table), *table], table.dtype)
+        setattr(d, f"{'Segmented' * segmented}{name}PaletteColorLookupTableData", table.tobytes())
+    d.save_as(file, enforce_file_format=True)
+
+
+@pytest.mark.parametrize("segmented", (False, True))
+@pytest.mark.parametrize("kind", (np.uint8, np.uint16))
+def test_palettes_of_8_and_of_16_bits(kind, segmented, tmp_path):
+    """By the highest value of the tables, whatever is declared, and whatever of them the image uses."""
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 256, (3, 200)).astype(np.uint16)  # 8 bits, declared as 16, or as they are in 16
+    tall = (few[:, ::-1] * 256 + rng.integers(0, 256, few.shape)).astype(np.uint16)
+    dark = tall.copy()
+    dark[:, :100], dark[1:] = rng.integers(0, 256, (3, 100)), dark[1:] & 255  # only red is ever above 255
+    pixels = rng.integers(0, 200, (9, 8)).astype(kind)
+    for n, (tables, bits, used, shift) in enumerate((
+            (few, 16, pixels, 0), (tall, 16, pixels, 8), (dark, 16, pixels, 8), (dark, 16, pixels % 100, 8),
+            (few, 8, pixels, 0), (few.astype(np.uint8), 8, pixels.astype(np.uint8), 0))):
+        if segmented and bits == 8 and tables.dtype == np.uint16:  # segments have the declared size
+            continue
+        with_palette(tmp_path / str(n), used, tables, bits, segmented)
+        truth = np.array([[[int(table[p]) // 2 ** shift for table in tables] for p in row] for row in used])
+        assert np.array_equal(read_dicom(tmp_path / str(n), None, "ultrasound")[0], truth), n
+
+
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     folder = series(tmp_path / "s", PixelData=b"12")
     monkeypatch.setattr(dicom, "get_decoder", lambda syntax: SimpleNamespace(
