@@ -298,7 +298,7 @@ def read_image(one, window, modality):
     if one.colour:
         return np.rint(np.clip(stored, 0, top) * (255 / top)).astype(np.uint8), None, None
     values = values_of(one, stored)
-    if one.bits <= 8 and one.modality != "ct" and not window:  # drawn as it is to be seen
+    if one.bits <= 8 and one.modality != "ct" and one.lut is None and not window:  # drawn as it is to be seen
         window = sorted((one.intercept, one.intercept + top * one.slope))
     window = choose_window(window, modality, some(values, values.size), one.path, one.modality)
     return np.repeat(shown(one, values, window)[..., None], 3, 2), None, window

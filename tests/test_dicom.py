@@ -439,6 +439,28 @@ def test_palettes_of_8_and_of_16_bits(kind, segmented, tmp_path):
         assert np.array_equal(read_dicom(tmp_path / str(n), None, "ultrasound")[0], truth), n
 
 
+@pytest.mark.parametrize("kind", (np.uint8, np.uint16))
+def test_a_modality_lut(kind, tmp_path):
+    """An image is windowed by what its ModalityLUTSequence makes of the stored numbers, not by their own range."""
+    stored = np.random.default_rng(0).integers(0, 256, (40, 50)).astype(kind)
+    table = (np.arange(256) * 16 + 500).astype(np.uint16)
+    lut = Dataset()
+    lut.add_new("LUTDescriptor", "US", [256, 0, 16])
+    lut.add_new("LUTData", "OW", table.tobytes())
+    for name, change in (("cr", {}), ("dx", dict(PhotometricInterpretation="MONOCHROME1"))):
+        d = dataset(stored, Modality=name.upper(), ModalityLUTSequence=Sequence([lut]), **change)
+        d.save_as(tmp_path / name, enforce_file_format=True)
+        values = stored.astype(float) * 16 + 500
+        ends = np.percentile(values, (0.5, 99.5))
+        truth = np.clip((values - ends[0]) / (ends[1] - ends[0]), 0, 1) * 255
+        truth = 255 - truth if change else truth
+        image, _, window = read_dicom(tmp_path / name, None, "x-ray")
+        assert np.allclose(window, ends) and np.abs(image[..., 0] - truth).max() <= 0.51
+        shown = gray(values, (1000, 3000))
+        image = read_dicom(tmp_path / name, (1000, 3000), "x-ray")[0][..., 0]
+        assert np.array_equal(image, 255 - shown if change else shown)
+
+
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     folder = series(tmp_path / "s", PixelData=b"12")
     monkeypatch.setattr(dicom, "get_decoder", lambda syntax: SimpleNamespace(
