@@ -23,6 +23,7 @@ from readers.volumes import (along_file, check_size, choose_window, first_bytes,
 NOTES = (".txt", ".md", ".xml", ".json", ".pdf", ".csv", ".tsv", ".html", ".htm", ".log", ".ini", ".inf", ".db")
 OF = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "ultrasound", "CR": "x-ray", "DX": "x-ray", "MG": "x-ray",
       "XA": "x-ray", "RF": "x-ray", "ES": "endoscopy", "OP": "fundus", "DMS": "dermoscopy"}  # DICOM's Modality -> ours
+UNSAID = ("", "CT", "OT", "SC")  # what an image may name itself where it is taken for CT: the last two are anything
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
 # what is wrong with a file and does not matter is not told; what does becomes our one line
@@ -293,6 +294,9 @@ def shown(one, values, window):
 
 def read_image(one, window, modality):
     """A Slice that is no part of a volume -> (uint8 [H,W,3], None, its window or, of colours, None)."""
+    if modality == "ct" and not window and one.modality.upper() not in UNSAID:  # deep ones: choose_window()
+        raise InputError(f"{one.path}: its Modality is {one.modality}, not CT; give its --modality"
+                         + ("" if one.colour else ", or --window LOW HIGH"))
     stored = read_pixels(one)[one.frame]
     top = 2 ** one.bits - 1
     if one.colour:

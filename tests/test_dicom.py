@@ -461,6 +461,27 @@ def test_a_modality_lut(kind, tmp_path):
         assert np.array_equal(image, 255 - shown if change else shown)
 
 
+@pytest.mark.parametrize("pixels", [np.full((6, 7), 9, np.uint8), np.full((6, 7, 3), 9, np.uint8),
+                                    np.full((4, 6, 7), 9, np.uint8)], ids=("gray", "colour", "film"))
+def test_an_image_of_another_modality_is_no_ct(pixels, tmp_path):
+    """It is refused until its modality is given, or of gray values a window; what may be CT is not."""
+    file, frame, colour = tmp_path / "x", 1 if len(pixels) == 4 else None, pixels.shape[-1] == 3
+    for sent, ours in (("US", "ultrasound"), ("ES", "endoscopy"), ("CR", "x-ray"), ("DX", "x-ray"), ("OP", "fundus"),
+                       ("MR", "mr"), ("PT", "pet"), ("DMS", "dermoscopy"), ("XC", "XC")):
+        dataset(pixels, uid.SecondaryCaptureImageStorage, Modality=sent).save_as(file, enforce_file_format=True)
+        fails(lambda: read_dicom(file, None, "ct", frame=frame), file, f"its Modality is {ours}, not CT", "--modality",
+              *["--window"] * (not colour))
+        assert read_dicom(file, None, "ultrasound", frame=frame)[0].max() == 9
+        if not colour:
+            assert read_dicom(file, (0, 18), "ct", frame=frame)[2] == (0, 18)
+    for sent in ("OT", "SC", "", None):
+        dataset(pixels, uid.SecondaryCaptureImageStorage, Modality=sent).save_as(file, enforce_file_format=True)
+        assert (read_dicom(file, None, "ct", frame=frame)[0] == 9).all()
+    if colour:
+        dataset(pixels, Modality="CT").save_as(file, enforce_file_format=True)
+        assert (read_dicom(file, None, "ct")[0] == 9).all()
+
+
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     folder = series(tmp_path / "s", PixelData=b"12")
     monkeypatch.setattr(dicom, "get_decoder", lambda syntax: SimpleNamespace(
