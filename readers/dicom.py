@@ -47,8 +47,8 @@ class Slice:
     orientation: np.ndarray | None  # [6]: where a row runs to, where a column runs to
     spacing: np.ndarray | None  # [2] mm between rows, between columns
     thickness: float | None  # mm
-    slope: float
-    intercept: float
+    slope: float | None
+    intercept: float | None
     lut: pydicom.Dataset | None  # in place of these two: whose ModalityLUTSequence it is
     dark: bool  # MONOCHROME1: the larger the number, the darker; CT and PET measure, however they are to be drawn
     padding: list | None  # stored numbers that stand for "outside of the image": one, or the first and the last
@@ -165,7 +165,7 @@ def read_slices(path):
             path, frame, frames, text(head, "SeriesInstanceUID"), text(head, "SeriesNumber"),
             text(head, "SeriesDescription"), modality, shape, palette or samples > 1, *geometry,
             one("SliceThickness", None, measures + [head]) or one("SpacingBetweenSlices", None, measures + [head]),
-            one("RescaleSlope", 1.0, scale + [head], lambda x: x != 0), one("RescaleIntercept", 0.0, scale + [head]),
+            one("RescaleSlope", None, scale + [head], lambda x: x != 0), one("RescaleIntercept", None, scale + [head]),
             head if text(head, "ModalityLUTSequence") else None,
             kind == "MONOCHROME1" and modality not in ("ct", "pet"), padding,
             8 if palette else count("BitsStored", 16, 64)))
@@ -235,6 +235,17 @@ def alike(slices, name, values, tolerance):
     return usual
 
 
+def check_scale(slices):
+    """InputError that names a slice whose numbers are not made HU as those of the others are: they would lie apart."""
+    for name, values, usual in (("RescaleSlope", [s.slope for s in slices], 1),
+                                ("RescaleIntercept", [s.intercept for s in slices], 0),
+                                ("ModalityLUTSequence", [s.lut for s in slices], None)):
+        lacking = [s for s, value in zip(slices, values) if value is None]
+        if lacking and any(value not in (None, usual) for value in values):
+            raise InputError(f"{lacking[0]}: has no {name}, while other slices of its series have one, so its values "
+                             "would lie apart from theirs; give the series as the scanner sent it")
+
+
 def fit(slices):
     """Slices, which are sorted along their normal -> affine [4,4]: (column, row, slice) -> mm to the right, anterior
     and superior. Positions p0 + k * step are fitted to all slices; a step beside the normal is a tilted gantry.
@@ -271,7 +282,7 @@ def fit(slices):
 def values_of(one, stored):
     """A Slice's stored numbers, gray -> float32: HU, or what else its attributes make of them; NaN for padding."""
     with np.errstate(all="ignore"):
-        out = one.slope * stored + one.intercept
+        out = (one.slope or 1.0) * stored + (one.intercept or 0.0)
         if one.lut is not None:
             try:
                 out = apply_modality_lut(stored, one.lut)
@@ -303,7 +314,8 @@ def read_image(one, window, modality):
         return np.rint(np.clip(stored, 0, top) * (255 / top)).astype(np.uint8), None, None
     values = values_of(one, stored)
     if one.bits <= 8 and one.modality != "ct" and one.lut is None and not window:  # drawn as it is to be seen
-        window = sorted((one.intercept, one.intercept + top * one.slope))
+        low = one.intercept or 0.0
+        window = sorted((low, low + top * (one.slope or 1.0)))
     window = choose_window(window, modality, some(values, values.size), one.path, one.modality)
     return np.repeat(shown(one, values, window)[..., None], 3, 2), None, window
 
@@ -357,6 +369,7 @@ def read_dicom(path, window, modality, series=None, frame=None, most=None):
         if lacking:
             raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series "
                              "as the scanner sent it, or an image alone")
+    check_scale(slices)
     if most:
         return read_values(Path(path), slices, fit(slices))
     return read_volume(Path(path), slices, fit(slices), window, modality)

@@ -334,6 +334,33 @@ def test_rescale(tmp_path):
         assert np.array_equal(check(folder, (0, 2000))[0], truth)
 
 
+@pytest.mark.parametrize("value", (..., b""))
+@pytest.mark.parametrize("name,other,harmless", [("RescaleSlope", 2, 1), ("RescaleIntercept", -1024, 0)])
+def test_slices_that_lack_the_rescale_of_others(name, other, harmless, value, tmp_path):
+    """Are named, one or most of them, unless the others have what is missing there anyway."""
+    for n, lacking in enumerate(((3,), (0, 1, 2, 4, 5))):
+        folder = series(tmp_path / str(n), **{name: lambda z: value if z in lacking else other})
+        for window, most in ((WIDE, None), (None, 10 ** 6)):
+            fails(lambda: read_dicom(folder, window, "ct", most=most), folder / f"{lacking[0]:03d}.dcm", f"no {name}")
+        check(series(folder, **{name: lambda z: value if z in lacking else harmless}), (-500, 3000))
+
+
+def test_frames_that_lack_the_rescale_of_others(tmp_path):
+    """The same of an enhanced file, and of a table in its place."""
+    d = enhanced(range(6), False)
+    del d.PerFrameFunctionalGroupsSequence[4].PixelValueTransformationSequence
+    d.save_as(tmp_path / "x", enforce_file_format=True)
+    fails(lambda: read_dicom(tmp_path / "x", WIDE, "ct"), f"{tmp_path / 'x'}, frame 4", "no RescaleIntercept")
+    folder = series(tmp_path / "s", RescaleSlope=..., RescaleIntercept=...)
+    lut = item(LUTDescriptor=[4, 0, 16], LUTData=np.arange(4, dtype=np.uint16).tobytes())
+    lut[0]["LUTDescriptor"].VR, lut[0]["LUTData"].VR = "US", "OW"
+    for n in (0, 1, 2, 4, 5):
+        d = pydicom.dcmread(folder / f"00{n}.dcm")
+        d.ModalityLUTSequence = lut
+        d.save_as(folder / f"00{n}.dcm")
+    fails(lambda: read_dicom(folder, WIDE, "ct"), folder / "003.dcm", "no ModalityLUTSequence")
+
+
 def test_monochrome1(tmp_path):
     """The same pictures, larger is darker: shown alike, by a window that is asked for and by percentiles; CT is HU."""
     plain, turned = HU + 1000, 1000 - HU
