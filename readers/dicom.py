@@ -343,10 +343,11 @@ def read_values(path, slices, affine):
     return values, grid, usual_window(np.concatenate(sample), path, slices[0].modality)
 
 
-def read_dicom(path, window, modality, series=None, frame=None, most=None):
+def read_dicom(path, window, modality, series=None, frame=None, most=None, say=print):
     """The folder of a series or a file -> (uint8 [D,H,W], upright, its Grid, its window); or, of what does not say
     where it lies, (uint8 [H,W,3], None, its window or, of colours, None). frame: the one to take of a film. most: of a
-    volume read_values() instead; InputError if there are more than so many pixels."""
+    volume read_values() instead; InputError if there are more than so many pixels. say: is told, line by line, what had
+    to be assumed of what read_volume() reads."""
     slices = find_slices(path, series)
     if most:
         check_size(path, sum(math.prod(s.shape) for s in slices), most)
@@ -372,4 +373,6 @@ def read_dicom(path, window, modality, series=None, frame=None, most=None):
     check_scale(slices)
     if most:
         return read_values(Path(path), slices, fit(slices))
+    if len(slices) == 1 and not first.thickness:
+        say(f"{path}: has no SliceThickness; 1 mm is assumed for ml")
     return read_volume(Path(path), slices, fit(slices), window, modality)

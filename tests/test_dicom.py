@@ -321,6 +321,21 @@ def test_a_single_slice(tmp_path):
     fails(lambda: read_dicom(folder / "000.dcm", WIDE, "ct", frame=1), "--slice 1")
 
 
+def test_a_single_slice_without_thickness(tmp_path, capsys):
+    """Is 1 mm thick, and it is said; not of one with a thickness, nor of several slices, whose places tell it."""
+    for n, (count, change, thick) in enumerate((
+            (1, dict(SliceThickness=...), 1), (1, dict(SliceThickness=b""), 1), (1, dict(SliceThickness=b"0 "), 1),
+            (1, {}, 2.5), (1, dict(SliceThickness=..., SpacingBetweenSlices=b"4 "), 4),
+            (2, dict(SliceThickness=...), 2.5))):
+        folder = series(tmp_path / str(n), HU[:count], **change)
+        said = []
+        _, grid, _ = read_dicom(folder, WIDE, "ct", say=said.append)
+        assert grid.spacing[0] == pytest.approx(thick)
+        assert said == [f"{folder}: has no SliceThickness; 1 mm is assumed for ml"] * (thick == 1)
+        read_dicom(folder, WIDE, "ct")
+        assert capsys.readouterr().out.splitlines() == said
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What values mean
 
