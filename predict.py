@@ -342,10 +342,10 @@ def write_image(args, name, image, answer):
     import plots
     masks = list(zip(args.names, answer.masks))
     rows = [[target, int(mask.sum()), "", f"{iou:.3f}"] for (target, mask), iou in zip(masks, answer.iou.tolist())]
-    for (target, mask), (_, pixels, _, iou) in zip(masks, rows):
+    for (target, mask), (_, pixels, _, iou), low in zip(masks, rows, answer.iou < answer.min_iou):
         with whole(args.out / f"{name}-{file_part(target)}.png") as file:
             Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, format="PNG")
-        dropped = f", below --min-iou {answer.min_iou:g}: dropped" if float(iou) < answer.min_iou else ""
+        dropped = f", below --min-iou {answer.min_iou:g}: dropped" if low else ""
         tqdm.write(f"{name}, {target}: {pixels} pixels ({mask.mean():.1%} of the image), expected IoU {iou}{dropped}")
     plots.contact_sheet([(name, image, []), ("prediction", image, masks)], args.out / f"{name}-overlay.png", name, 2,
                         inches=4)

@@ -512,6 +512,15 @@ def test_files_of_nobody_knows_whom_are_not_replaced(model, tmp_path, monkeypatc
     assert truth.read_bytes() == content and {path.name for path in tmp_path.iterdir()} == {"x.png", "x-liver.png"}
 
 
+def test_what_is_dropped_is_said_by_the_models_own_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "contact_sheet", lambda *a, **k: None)
+    args = predict.SimpleNamespace(names=["liver"], out=tmp_path)
+    for iou, least in ((0.8736, 0.8738), (0.8734, 0.87325), (0.7, 0.7), (0.39996, 0.4)):
+        answer = predict.SimpleNamespace(masks=np.ones((1, 2, 2), bool), iou=torch.tensor([iou]), min_iou=least)
+        predict.write_image(args, "x", np.zeros((2, 2, 3), np.uint8), answer)
+        assert ("dropped" in capsys.readouterr().out) == (iou < least)
+
+
 def test_a_claim_goes_where_nothing_could_be_made(model, tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes(gray(tmp_path / "y.png").read_bytes()[:40])
     with pytest.raises(InputError):
