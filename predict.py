@@ -20,13 +20,14 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common import (ATTRIBUTES, MODALITIES, InputError, Parser, add_precision_flag, add_target_flags, alone_in,
@@ -181,15 +182,35 @@ def source_of(args, path):
     return os.path.abspath(path) + (f", series {args.series}" if args.series else "")
 
 
+def stem_of(args, name, z=None, axis=None):
+    """What the results of a volume's slice z, or of the slice or page that is asked for, are called."""
+    z, axis = args.slice if z is None else z, PLANES.index(args.plane or "axial") if axis is None else axis
+    page = "" if args.page is None else f"-page{args.page:03d}"
+    return name + (page if z is None else f"-{PLANES[axis] if axis else 'slice'}{z:03d}")
+
+
+def record_of(args, stem, path):
+    """OUT/STEM-input.json and what is in it, {} where it is not there; InputError if it is that of another input."""
+    record = args.out / f"{stem}-input.json"
+    known = read_json(record, "give another --out") if record.is_file() else {}
+    if known and known.get("input") != source_of(args, path):
+        raise InputError(f"{path}: would replace the results of another input, {known.get('input')}, whose are called "
+                         f"{stem} as well, in {args.out}; give another --out")
+    return record, known
+
+
+def files_in(known, name):
+    """{stem: files in --out} of what OUT/NAME-input.json lists, the latest last; {} if an earlier version wrote it."""
+    parts = known.get("files") if isinstance(known.get("files"), dict) else {}
+    return {stem: [file for file in map(str, files) if file.startswith(f"{name}-") and Path(file).name == file]
+            for stem, files in parts.items() if isinstance(files, list)}
+
+
 def check_results(args, name, path):
     """InputError if results of this input would replace those of another, or files of which nobody knows whose they are
     -> OUT/NAME-input.json and what is in it, {} where it is not there."""
-    whose = source_of(args, path)
-    record = args.out / f"{name}-input.json"
-    known = read_json(record, "give another --out") if record.is_file() else {}
-    if known and known.get("input") != whose:
-        raise InputError(f"{path}: would replace the results of another input of this name, {known.get('input')}, in "
-                         f"{args.out}; give another --out")
+    record_of(args, stem_of(args, name), path)
+    record, known = record_of(args, name, path)
     for file in files_of(args, name) if not known else ():
         raise InputError(f"{file}: is there already, and nothing says that it is a result of {path}; move it away, or "
                          "give another --out")
@@ -198,13 +219,15 @@ def check_results(args, name, path):
 
 def state_of(args, path):
     """What OUT/NAME-input.json is to say: what the input is and, flag by flag, what is asked; of files and folders of
-    files also bytes and time."""
+    files also bytes and time, of folders a hash of each file's."""
     def stamp(path):
-        files = [file.stat() for file in (visible(path) if path.is_dir() else [path]) if file.is_file()]
-        return dict(bytes=sum(f.st_size for f in files), modified=max((f.st_mtime for f in files), default=0))
+        files = {f.name: f.stat() for f in (visible(path) if path.is_dir() else [path]) if f.is_file()}
+        each = repr([(name, f.st_size, f.st_mtime_ns) for name, f in files.items()]).encode()
+        listing = dict(listing=hashlib.blake2b(each, digest_size=8).hexdigest()) if path.is_dir() else {}
+        return dict(bytes=sum(f.st_size for f in files.values()),
+                    modified=max((f.st_mtime for f in files.values()), default=0)) | listing
 
-    attributes = args.attributes_file or HERE / "attributes.json"
-    asked = args.asked | dict(checkpoint=args.checkpoint, attributes_file=attributes)
+    asked = args.asked | dict(checkpoint=args.checkpoint, attributes_file=texts_file(args))
     for flag in ("checkpoint", "attributes_file", "texts"):
         asked[flag] = asked[flag] and [os.path.abspath(asked[flag]), stamp(Path(asked[flag]))]
     for kind in ATTRIBUTES:  # one's own words may be clinical: a hash tells them apart as well
@@ -215,28 +238,50 @@ def state_of(args, path):
 def is_finished(args, name, path):
     """Whether an input has its results; where those are of other flags or files, it says so."""
     before, now = check_results(args, name, path)[1], state_of(args, path)
-    asked = before.get("asked", {})
+    asked = before["asked"] if isinstance(before.get("asked"), dict) else {}
     other = [f"--{flag.replace('_', '-')}" for flag in now["asked"] if asked.get(flag) != now["asked"][flag]]
     if before.get("finished") and other:
         tqdm.write(f"{path}: was done with other {', '.join(other)}, and is done anew")
-    return before == now | dict(finished=True)
+    latest = [[], *files_in(before, name).values()][-1]
+    return (before.get("finished") is True and asked == now["asked"] and not has_changed(before, now)
+            and all((args.out / file).is_file() for file in latest))
+
+
+def has_changed(before, now):
+    """Whether an input is another than it was; what an earlier version did not note is as it was."""
+    return any(before.get(key, now.get(key)) != now.get(key) for key in ("bytes", "modified", "listing"))
 
 
 @contextmanager
 def claimed(args, name, path):
     """Writes OUT/NAME-input.json before the results of an input are made, and again when they are finished; it goes
-    again if none could be made."""
+    again if none could be made. Yields begin(STEM, FILES), to be called before the first of them is written: it lists
+    them there, and what is of an earlier ask and of this STEM (of any, if the input has changed) goes."""
     now = state_of(args, path)
     with alone_in(args.out):  # another process may have begun since parse()
         record, before = check_results(args, name, path)
         part = record.with_name(record.name + ".part")
         with writing(record):
-            part.write_text(json.dumps(now))
+            part.write_text(json.dumps(before or now))  # what is there stands until other results begin
             os.replace(part, record)
-    if before and any(before.get(key) != now[key] for key in ("bytes", "modified")):
+    changed, known = has_changed(before, now), files_in(before, name)
+    if changed:
         tqdm.write(f"{path}: has changed since its last results in {args.out}, which are replaced")
+
+    def begin(stem, files):
+        gone = {stem, *(known if changed else ())}
+        stale = [file for part in gone for file in known.pop(part, [])]
+        now["files"] = known | {stem: [*stale, *files]}
+        write_atomically(record, json.dumps(now).encode())
+        for part in gone:
+            write_rows(args, part, [])
+        for file in stale:
+            with writing(args.out / file):
+                (args.out / file).unlink(missing_ok=True)
+        now["files"][stem] = files
+
     try:
-        yield
+        yield begin
     except BaseException:
         if not before and not files_of(args, name):
             record.unlink(missing_ok=True)
@@ -384,11 +429,11 @@ def write_dicom_seg(args, name, model, label, grid):
     tqdm.write(f"wrote {file}")
 
 
-def predict_input(args, model, texts, name, path, read):
-    """One image, slice or volume, from what was read of it to the results."""
+def predict_input(args, model, texts, name, path, read, begin):
+    """One image, slice or volume, from what was read of it to the results; begin: see claimed."""
     import inference
     import plots
-    this, stem = SimpleNamespace(key=name, case=name), name
+    this = SimpleNamespace(key=name, case=name)
     asked = ([inference.wordings(texts, args.mean_wordings, target, args.modality, this) for target in args.target]
              if args.target else [[{kind: getattr(args, kind) for kind in ATTRIBUTES}]])
     pixels, grid, said = read
@@ -401,29 +446,32 @@ def predict_input(args, model, texts, name, path, read):
         least = 0.0 if args.box or args.point or args.largest_component else inference.UNSURE
     if whole_volume:
         found, iou = inference.predict_volume(model, pixels, asked, args.precision, min_iou=least)
-        z = int(np.argmax((found > 0).sum((1, 2))))  # the slice to explain
+        z, seconds = int(np.argmax((found > 0).sum((1, 2)))), time.time() - started  # the slice to explain
+    image = inference.gray_image(pixels, z) if grid else pixels
+    if not whole_volume or args.explain:
+        boxes, points = check_prompts(args, image.shape[:2])
+        answer = inference.predict_image(model, image, asked, boxes, points, args.precision, min_iou=least)
+    explained = stem_of(args, name, z, axis)
+    stem, segment = name if whole_volume else explained, whole_volume and args.dicom_seg and grid.slices
+    if args.explain or not whole_volume:
+        record_of(args, explained, path)
+    ends = ["label.nii.gz", "labels.json"] if whole_volume else [f"{file_part(target)}.png" for target in args.names]
+    pictures = [f"{explained}-{file_part(target)}-explained.png" for target in args.names if args.explain]
+    begin(stem, [f"{stem}-{end}" for end in (*ends, "overlay.png", *["seg.dcm"] * bool(segment))] + pictures)
+    if whole_volume:
         alone, label = inference.largest_components(found), np.empty(grid.shape, np.uint8)
         slices_of(label, axis)[...] = alone if args.largest_component else found
         say_apart(args, name, found, alone)
-        rows = write_volume(args, name, pixels, label, grid, iou, time.time() - started)
-        if args.dicom_seg and grid.slices:
+        rows = write_volume(args, name, pixels, label, grid, iou, seconds)
+        if segment:
             write_dicom_seg(args, name, model, label, grid)
-    pixels = inference.gray_image(pixels, z) if grid else pixels
-    if z is not None:
-        stem = f"{name}-{PLANES[axis] if axis else 'slice'}{z:03d}"
-    elif args.page is not None:
-        stem = f"{name}-page{args.page:03d}"
-    if not whole_volume or args.explain:
-        boxes, points = check_prompts(args, pixels.shape[:2])
-        answer = inference.predict_image(model, pixels, asked, boxes, points, args.precision, min_iou=least)
-    if not whole_volume:
-        rows = write_image(args, stem, pixels, answer)
-    for i, target in enumerate(args.names if args.explain else ()):
-        file = args.out / f"{stem}-{file_part(target)}-explained.png"
-        found = inference.explain(model, pixels, answer, i, asked, boxes, points, args.precision)
-        plots.explanation(file, target, found)
-        tqdm.write(f"wrote {file}")
-    write_rows(args, name if whole_volume else stem, rows)
+    else:
+        rows = write_image(args, stem, image, answer)
+    for i, file in enumerate(pictures):
+        found = inference.explain(model, image, answer, i, asked, boxes, points, args.precision)
+        plots.explanation(args.out / file, args.names[i], found)
+        tqdm.write(f"wrote {args.out / file}")
+    write_rows(args, stem, rows)
 
 
 def say_apart(args, name, found, alone):
@@ -433,6 +481,15 @@ def say_apart(args, name, found, alone):
              if largest < 0.99 * whole]
     if apart and not args.largest_component:
         tqdm.write(f"{name}: apart from its largest part lies of {', '.join(apart)}; --largest-component leaves that out")
+
+
+def texts_file(args):
+    """Where the texts of --target are: for a model of one's own data where its checkpoint says."""
+    own = None
+    with suppress(OSError, SafetensorError, ValueError):  # load_model says what is wrong with it
+        with safe_open(args.checkpoint, "pt") as file:
+            own = own_texts(json.loads((file.metadata() or {}).get("record", "{}")))
+    return args.attributes_file or args.dataset in (None, "folder") and own or HERE / "attributes.json"
 
 
 def load_model(args):
@@ -448,8 +505,7 @@ def load_model(args):
         model, record = load_checkpoint(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = "float32" if args.onnx else choose_precision(model, args.precision)
-    own = own_texts(record) if args.dataset in (None, "folder") else None
-    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.attributes_file or own, args.texts)
+    texts = Texts(args.dataset or record.get("dataset") or "synapse", texts_file(args), args.texts)
     if args.target:
         texts.check_images(args.inputs, args.target)
         texts.check([(target, args.modality) for target in args.target])
@@ -478,8 +534,8 @@ def main():
                 continue
             read = read_input(path, args)
             loaded = loaded or load_model(args)
-            with claimed(args, name, path):
-                predict_input(args, *loaded, name, path, read)
+            with claimed(args, name, path) as begin:
+                predict_input(args, *loaded, name, path, read, begin)
         except (InputError, MemoryError) as e:
             if len(args.inputs) == 1 or read and not loaded:  # what is wrong is no fault of this one among others
                 raise

@@ -209,7 +209,7 @@ class Threshold:
 
 @pytest.fixture
 def threshold(monkeypatch):
-    """threshold(INPUT, *flags) -> the exit status of predict.py with Threshold, without pictures."""
+    """threshold(INPUT, *flags) -> the exit status of predict.py with Threshold, whose pictures are empty."""
     def ask(*flags):
         try:
             command(monkeypatch, ROOT / "weights/abdomen-ct.safetensors", *flags, "--target", "liver", "--precision",
@@ -220,7 +220,7 @@ def threshold(monkeypatch):
 
     monkeypatch.setattr(predict, "load_model", lambda args: predict.make_folder(args.out) or
                         (Threshold(), Texts("synapse")))
-    monkeypatch.setattr(plots, "contact_sheet", lambda *a, **k: None)
+    monkeypatch.setattr(plots, "contact_sheet", lambda pictures, path, *a, **k: path.touch())
     return ask
 
 
@@ -404,6 +404,45 @@ def test_what_is_asked_otherwise_is_done_anew(threshold, tmp_path, capsys):
     assert "s: has changed" in ask("--attributes-file", texts)[1]
 
 
+def test_what_changed_behind_its_flags_is_done_anew(threshold, model, tmp_path, capsys):
+    """Of one's own data the file of texts that the checkpoint names, a slice in place of another, a result that is
+    gone; and what somebody wrote into a record."""
+    def ask(name, *flags):
+        threshold(tmp_path / name, "--resume", "--out", tmp_path / "o", *flags)
+        return " 1 had them before" not in capsys.readouterr().out
+
+    own = tmp_path / "own.json"
+    own.write_text("{}")
+    checkpoint = tmp_path / "c/last.safetensors"
+    save_checkpoint(model[0], checkpoint, dataset="folder", arguments=dict(attributes_file=str(own)))
+    gray(tmp_path / "a.png")
+    parse = predict.Parser.parse_args
+    with pytest.MonkeyPatch.context() as patch:  # in place of the checkpoint that `threshold` names
+        patch.setattr(predict.Parser, "parse_args", lambda *a: vars(args := parse(*a)).update(
+            checkpoint=str(checkpoint)) or args)
+        assert ask("a.png") and not ask("a.png") and ask("a.png", "--dataset", "synapse")
+        own.write_text('{"folder": {}}')
+        assert not ask("a.png", "--dataset", "synapse") and ask("a.png") and not ask("a.png")
+
+    slices = series(tmp_path / "s", HU[:2])
+    assert ask("s") and not ask("s")
+    os.utime(slices / "000.dcm", (1, 1))
+    assert ask("s") and not ask("s")
+    record = tmp_path / "o/s-input.json"
+    known = json.loads(record.read_text())
+    for name in known["files"]["s"]:
+        (tmp_path / "o" / name).unlink()
+        assert ask("s") and not ask("s")
+    for asked in (None, [], "x"):
+        record.write_text(json.dumps(known | dict(asked=asked)))
+        assert ask("s") and not ask("s")
+    for files in (None, ["x"], dict(s=None)):
+        record.write_text(json.dumps(known | dict(files=files)))
+        assert not ask("s") and not threshold(slices, "--out", tmp_path / "o")
+    record.write_text(json.dumps({key: known[key] for key in known if key not in ("files", "listing")}))
+    assert not ask("s")  # as an earlier version wrote it
+
+
 def raising(error):
     raise error
 
@@ -510,6 +549,80 @@ def test_files_of_nobody_knows_whom_are_not_replaced(model, tmp_path, monkeypatc
     fails(lambda: ask(image), truth, "there already", "--out")
     fails(lambda: ask(truth, image), truth, "there already")
     assert truth.read_bytes() == content and {path.name for path in tmp_path.iterdir()} == {"x.png", "x-liver.png"}
+
+
+@pytest.mark.parametrize("flags, stem", [
+    (("v.nii", "--slice", 4), "v-slice004"), (("v.nii", "--slice", 4, "--plane", "coronal"), "v-coronal004"),
+    (("one.nii", "--box", 0, 0, 2, 2), "one-slice000"), (("s.tif", "--page", 1), "s-page001"),
+    (("v.nii", "--plane", "sagittal", "--explain"), "v-sagittal002")])
+def test_nor_by_way_of_a_slice_or_page(flags, stem, threshold, tmp_path, monkeypatch):
+    """Nor after results of its own, whose record says nothing of those of an input that is called like its slice."""
+    volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)
+    nib.save(nib.Nifti1Image.from_image(nib.load(tmp_path / "v.nii")).slicer[:, :, :1], tmp_path / "one.nii")
+    pages = [Image.new("L", (40, 30))] * 2
+    pages[0].save(tmp_path / "s.tif", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(inference, "predict_volume", lambda model, volume, *a, **k: (
+        np.where(np.arange(len(volume)) == 2, 1, np.zeros(volume.shape[::-1], np.uint8)).T, np.ones(1)))
+    ask = lambda name, *flags: threshold(tmp_path / name, "--out", tmp_path / "o", *flags)
+    ask(flags[0], *(("--page", 0) if "--page" in flags else ())), ask(gray(tmp_path / f"{stem}.png"))
+    made = {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
+    fails(lambda: ask(*flags), flags[0], f"{stem}.png", "another --out")
+    assert made == {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
+
+
+def test_of_an_earlier_ask_nothing_stays(model, tmp_path, monkeypatch):
+    """OUT/NAME-input.json lists what an ask wrote, all of it; the next one of the same slice, or of the whole, takes it
+    away, of an input that has changed everything; what is of other slices stays, and what is nobody's."""
+    volume_file(tmp_path / "v.nii", (0, 1, 2), (False,) * 3)
+    out = tmp_path / "o"
+    ask = lambda *flags: command(monkeypatch, model[1], tmp_path / "v.nii", "--out", out, *flags)
+    files = lambda: {path.name for path in out.iterdir()} - {"volumes.csv", "v-input.json", "v-notes.txt"}
+    rows = lambda: {(row["input"], row["target"]) for row in csv.DictReader(open(out / "volumes.csv"))}
+    listed = lambda: sorted(sum(json.loads((out / "v-input.json").read_text())["files"].values(), []))
+    liver, spleen = ("--target", "liver"), ("--target", "spleen")
+    whole = {"v-label.nii.gz", "v-labels.json", "v-overlay.png"}
+    ask(*liver, *spleen, "--explain")
+    assert len(files()) == 5 and sorted(files()) == listed()
+    (out / "v-notes.txt").touch()
+    ask(*spleen)
+    assert files() == whole and sorted(whole) == listed() and rows() == {("v", "spleen")}
+    ask(*liver, "--slice", 1, "--explain"), ask(*liver, "--slice", 2), ask(*spleen, "--slice", 1)
+    assert files() == {*whole, "v-slice001-spleen.png", "v-slice001-overlay.png", "v-slice002-liver.png",
+                       "v-slice002-overlay.png"} and sorted(files()) == listed()
+    assert rows() == {("v", "spleen"), ("v-slice001", "spleen"), ("v-slice002", "liver")}
+    os.utime(tmp_path / "v.nii", (1, 1))
+    ask(*liver, "--slice", 1)
+    assert files() == {"v-slice001-liver.png", "v-slice001-overlay.png"} and rows() == {("v-slice001", "liver")}
+    assert (out / "v-notes.txt").is_file()
+
+
+@pytest.mark.parametrize("stop", ["label.nii.gz", "labels.json", "overlay.png", "seg.dcm"])
+def test_an_ask_that_stops_leaves_nothing_of_two(stop, threshold, tmp_path, monkeypatch):
+    """Organs in another order, stopped at any file: what stands is of the second ask, and goes with the third."""
+    series(tmp_path / "v", HU[:2])
+    out, flags = tmp_path / "o", (tmp_path / "v", "--out", tmp_path / "o", "--dicom-seg")
+    monkeypatch.setattr("readers.dicom_seg.check_dicom_seg", lambda *a: None)
+    monkeypatch.setattr(predict, "write_dicom_seg", lambda args, name, *a: predict.write_atomically(
+        args.out / f"{name}-seg.dcm", " ".join(args.names).encode()))
+    threshold(*flags)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "predict_volume", lambda *a, **k: raising(MemoryError("too large")))
+        with pytest.raises(MemoryError):
+            threshold(*flags, "--target", "spleen")
+    assert first == {path.name: path.read_bytes() for path in out.iterdir()}  # nothing was computed, nothing is lost
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        replace = os.replace
+        patch.setattr(os, "replace", lambda part, path: raising(KeyboardInterrupt) if str(path).endswith(stop) else
+                      replace(part, path))
+        patch.setattr(plots, "contact_sheet", lambda pictures, path, *a, **k: predict.write_atomically(path, b""))
+        threshold(*flags, "--target", "spleen")
+    assert "v" not in finished(out)
+    assert (out / "v-label.nii.gz").is_file() == (stop != "label.nii.gz")
+    for file in (out / "v-labels.json", out / "v-seg.dcm"):
+        assert not file.is_file() or b"spleen" in file.read_bytes()
+    threshold(*flags[:3])
+    assert {path.name for path in out.iterdir()} == first.keys() - {"v-seg.dcm"} and "v" in finished(out)
 
 
 def test_what_is_dropped_is_said_by_the_models_own_number(tmp_path, monkeypatch, capsys):
