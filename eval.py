@@ -210,9 +210,10 @@ def main():
     about = dict(checkpoint=str(args.checkpoint or "newest"), dataset=args.dataset, split=args.split,
                  prompt=args.prompt, points=args.points, text=args.text, attributes_file=args.attributes_file,
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, min_iou=args.min_iou,
-                 seed=args.seed, limit=args.limit, **dataset_options(args), step=record.get("step"), precision=args.precision,
-                 model=model.describe(), images=len(dataset))
-    settings = about | dict(data=[str(args.data), of_dataset(dataset)], texts=str(args.texts), weights=fingerprint(model.trained()))
+                 seed=args.seed, limit=args.limit, step=record.get("step"), precision=args.precision,
+                 model=model.describe(), images=len(dataset), **dataset_options(args))
+    settings = about | dict(data=[str(args.data), of_dataset(dataset)], texts=str(args.texts),
+                            weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
     if rank == 0:
         print(model.describe())

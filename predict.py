@@ -476,11 +476,12 @@ def predict_input(args, model, texts, name, path, read, begin):
 
 def say_apart(args, name, found, alone):
     """Says how much of each target lies outside its largest part: label maps, `alone` with the largest parts alone."""
-    sizes = [np.bincount(x.ravel(), minlength=len(args.names) + 1) for x in (found, alone)]
-    apart = [f"{target} {1 - largest / whole:.0%}" for target, whole, largest in zip(args.names, *(n[1:] for n in sizes))
-             if largest < 0.99 * whole]
-    if apart and not args.largest_component:
-        tqdm.write(f"{name}: apart from its largest part lies of {', '.join(apart)}; --largest-component leaves that out")
+    sizes = [np.bincount(label.ravel(), minlength=len(args.names) + 1)[1:] for label in (found, alone)]
+    apart = [f"{target} {1 - largest / every:.0%}" for target, every, largest in zip(args.names, *sizes)
+             if largest < 0.99 * every]
+    if apart and len(found) > 1 and not args.largest_component:  # in a single slice an organ may well have parts
+        tqdm.write(f"{name}: apart from its largest part lies of {', '.join(apart)}; --largest-component leaves that "
+                   "out")
 
 
 def texts_file(args):
