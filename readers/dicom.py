@@ -172,6 +172,14 @@ def read_slices(path):
     return found
 
 
+def bits_below(head):
+    """How many bits below a file's numbers mean nothing: by HighBit, a retired form, of which codecs know nothing."""
+    high, syntax = head.get("HighBit"), head.file_meta.TransferSyntaxUID
+    if not isinstance(high, int) or not head.BitsStored <= high < head.BitsAllocated:
+        return 0
+    return 0 if syntax.is_encapsulated and syntax != uid.RLELossless else high + 1 - head.BitsStored
+
+
 def read_pixels(one):
     """-> a Slice's file as stored: numbers [frames, rows, columns], or colours uint [frames, rows, columns, 3]."""
     head, codec, name = load(one.path), None, "an unknown way"
@@ -181,7 +189,10 @@ def read_pixels(one):
     except Exception:  # video, and what is no transfer syntax
         pass
     try:
-        array = head.pixel_array  # of YBR as RGB
+        below = bits_below(head)
+        if below:
+            head.BitsStored += below
+        array = head.pixel_array >> below if below else head.pixel_array  # of YBR as RGB
         if text(head, "PhotometricInterpretation").upper() == "PALETTE COLOR":
             table = apply_color_lut(np.arange(2 ** 16, dtype=np.int32), head)  # some hold 8 bits and say that it is 16
             array = (apply_color_lut(array, head) >> (8 if table.max() > 255 else 0)).astype(np.uint8)

@@ -19,6 +19,7 @@ from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.datadict import tag_for_keyword
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.valuerep import format_number_as_ds
 
@@ -522,6 +523,50 @@ def test_an_image_of_another_modality_is_no_ct(pixels, tmp_path):
     if colour:
         dataset(pixels, Modality="CT").save_as(file, enforce_file_format=True)
         assert (read_dicom(file, None, "ct")[0] == 9).all()
+
+
+@pytest.mark.parametrize("stored,high", [(12, 15), (12, 13), (10, 15), (12, 11), (16, 15), (16, 11)])
+@pytest.mark.parametrize("signed", (0, 1))
+def test_numbers_in_the_upper_bits(signed, stored, high, tmp_path):
+    """HighBit says where a number's first bit lies (DICOM, part 5, 8.1.1); the bits below and above mean nothing. A
+    HighBit below what the number needs is a slip."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-2 ** (stored - 1) * signed, 2 ** (stored - signed), (2, 20, 30))
+    below = max(0, high + 1 - stored)
+    cells = np.array([(int(v) % 2 ** stored << below) + int(junk) % 2 ** below + (int(junk) >> 8 << stored + below)
+                      for v, junk in zip(values.ravel(), rng.integers(0, 2 ** 16, values.size))])
+    cells = (cells % 2 ** 16).astype(np.uint16).reshape(values.shape)
+    for packed in (False, True):
+        d = dataset(cells, Modality="MR", BitsStored=stored, HighBit=high, PixelRepresentation=signed)
+        if packed:
+            d.PixelData = encapsulate([encode_rle(cell) for cell in cells])
+            d["PixelData"].VR, d.file_meta.TransferSyntaxUID = "OB", uid.RLELossless
+        d.save_as(tmp_path / "x", enforce_file_format=True)
+        window = (values.min(), values.max())
+        for frame in range(2):
+            found = read_dicom(tmp_path / "x", window, "mr", frame=frame)[0]
+            assert np.array_equal(found[..., 0], gray(values[frame], window))
+
+
+def encode_rle(cells):
+    """A frame uint16 as RLE Lossless (part 5, annex G) of literal runs alone: the high bytes, then the low ones."""
+    parts = []
+    for part in (cells >> 8, cells & 255):
+        flat = part.astype(np.uint8).tobytes()
+        runs = b"".join(bytes([len(flat[at:at + 128]) - 1]) + flat[at:at + 128] for at in range(0, len(flat), 128))
+        parts.append(runs + b"\0" * (len(runs) % 2))
+    return struct.pack("<16I", 2, 64, 64 + len(parts[0]), *[0] * 13) + b"".join(parts)
+
+
+def test_the_high_bit_of_a_compressed_file(tmp_path):
+    """Says nothing: the codec gives the numbers."""
+    pytest.importorskip("libjpeg")
+    d = pydicom.dcmread(real("JPGExtended.dcm"))
+    assert (d.BitsStored, d.HighBit) == (12, 11)
+    d.HighBit = 15
+    d.save_as(tmp_path / "x")
+    read = lambda file: read_dicom(file, (0, 2000), "mr")[0]
+    assert np.array_equal(read(tmp_path / "x"), read(real("JPGExtended.dcm")))
 
 
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
