@@ -149,7 +149,7 @@ def test_other_uploads(tmp_path):
     """Pictures, a DICOM image without a place; of several series the one that is asked for."""
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
-    save(dataset(picture, Modality="US"), tmp_path / "b.dcm")
+    save(dataset(picture, Modality="OT"), tmp_path / "b.dcm")
     for name in ("a.png", "b.dcm"):
         scan = app.read([tmp_path / name])
         assert np.array_equal(scan.pixels, picture) and scan.grid is None and scan.name == name

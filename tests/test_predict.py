@@ -98,7 +98,7 @@ def test_a_dicom_slice(model, tmp_path, monkeypatch, capsys):
     for flags in ((), ("--slice", 0)):
         command(monkeypatch, model[1], file, "--target", "liver", "--box", 5, 5, 20, 20, *flags, "--out", tmp_path / "p")
         assert Image.open(tmp_path / "p/000-slice000-liver.png").size == (56, 40)
-    save(dataset(np.zeros((3, 40, 56), np.uint8), Modality="US"), tmp_path / "film")
+    save(dataset(np.zeros((3, 40, 56), np.uint8), Modality="OT"), tmp_path / "film")
     command(monkeypatch, model[1], tmp_path / "film", "--target", "liver", "--slice", 2, "--out", tmp_path / "q")
     assert Image.open(tmp_path / "q/film-slice002-liver.png").size == (56, 40)
 
