@@ -1,4 +1,5 @@
 """export.py: what ONNX files say is what PyTorch says, and what they were not made for is refused."""
+import json
 import sys
 
 import nibabel as nib
@@ -8,10 +9,12 @@ import torch
 
 import export
 import predict
+from common import ATTRIBUTES, InputError
 from conftest import fails
 from export import OnnxModel
 from inference import predict_image
 from ops import reference
+from runs import save_checkpoint
 from test_volumes import volume_file
 from texts import Texts
 
@@ -105,6 +108,24 @@ def test_without_the_package_and_with_flags_that_do_not_fit(tmp_path, monkeypatc
         monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "v.nii"), "--target", "liver", "--onnx", "x",
                                           *flag])
         fails(predict.parse, "--onnx", flag[0])
+
+
+def test_the_texts_of_a_model_of_ones_own_data(model, tmp_path, monkeypatch):
+    """They are where its checkpoint says, unless --attributes-file names others."""
+    texts = {name: {kind: [f"{kind} of my lump, in {name}"] for kind in ATTRIBUTES} for name in ("own", "other")}
+    for name, wordings in texts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"folder": {"lump": wordings}}))
+    save_checkpoint(model[0], tmp_path / "last.safetensors", dataset="folder",
+                    arguments=dict(attributes_file=str(tmp_path / "own.json")))
+
+    def stop(model, asked, *rest):
+        raise InputError(str(asked))
+
+    monkeypatch.setattr(export, "export", stop)
+    for name, flags in (("own", []), ("other", ["--attributes-file", str(tmp_path / "other.json")])):
+        monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(tmp_path), "--target", "lump", "--out",
+                                          str(tmp_path / "x.onnx"), *flags])
+        fails(export.main, f"shape of my lump, in {name}")
 
 
 @torch.no_grad()
