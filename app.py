@@ -102,7 +102,7 @@ def load(checkpoint, dataset=None, **given):
         return model, Texts(dataset or "synapse"), about
     model, record = load_checkpoint(checkpoint, **given)
     trained = record.get("dataset")
-    texts = Texts(dataset or trained or "synapse", own_texts(record) if dataset in (None, "folder") else None)
+    texts = Texts(dataset or trained or "synapse", own_texts(record, dataset))
     return model, texts, f"{checkpoint}, trained on {trained or 'unknown data'}"
 
 

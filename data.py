@@ -21,7 +21,7 @@ from readers.kvasir import Kvasir
 from readers.pictures import SPLITS
 from readers.sa_med2d import SAMed2D
 from readers.synapse import Synapse
-from texts import Texts, nonsense, write_form
+from texts import Texts, draw_nonsense, write_form
 
 SOURCES = {source.name: source for source in (Demo, Synapse, SAMed2D, KiTS19, Kvasir, Folder)}
 OPTIONS = {"demo": ("n", "overlap", "contrast", "size"), "kits19": ("axes",), "folder": ("fold",)}
@@ -301,20 +301,19 @@ def draw_targets(sample, rng, max_targets, absent):
     return drawn
 
 
-def make_batch(samples, texts, rng, max_targets=4, absent=0.1, senseless=0.0):
+def make_batch(samples, texts, rng, max_targets=4, absent=0.1, nonsense=0.0):
     """Samples -> Batch of targets, drawn per image, with texts in random wordings and no prompts yet.
 
-    absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. senseless:
-    the probability that a target's texts are nonsense instead, and its mask empty. M can be 0 where there is nothing to
-    draw.
+    absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. nonsense: the
+    probability that a target's texts are nonsense instead, and its mask empty. M can be 0 where there is nothing to draw.
     """
     size = samples[0].masks.shape[-1]
     index, masks, targets, words = [], [], [], []
     for b, sample in enumerate(samples):
         for target, mask in draw_targets(sample, rng, max_targets, absent):
             text = texts(target, sample.modality, sample, rng)
-            if senseless and rng.random() < senseless:
-                target, mask, text = "", None, nonsense(rng)
+            if nonsense and rng.random() < nonsense:
+                target, mask, text = "", None, draw_nonsense(rng)
             index, targets = index + [b], targets + [target]
             masks.append(np.zeros((size, size), bool) if mask is None else mask)
             words.append(text)
@@ -428,7 +427,7 @@ class Batches(torch.utils.data.Dataset):
         self.seed, self.first, self.last = args.seed, first, last
         self.batch_size, self.accumulate, self.jitter = args.batch_size, args.accumulate, args.jitter
         self.prompt, self.points, self.rounds = args.prompt, args.points, args.rounds
-        self.targets, self.absent, self.senseless = args.targets, args.absent, args.nonsense
+        self.targets, self.absent, self.nonsense = args.targets, args.absent, args.nonsense
         self.dense = args.align and args.dense_loss > 0
         self.concepts = texts.concepts() if args.contrastive_loss else {}
         self.per_step = self.batch_size * self.accumulate * world
@@ -469,7 +468,7 @@ class Batches(torch.utils.data.Dataset):
         if prompt == "none":  # nothing tells one of several polyps from the others
             sample = merge_instances(sample)
         batch = make_batch([sample], self.texts, rng, self.targets,
-                           *(self.absent, self.senseless) if prompt == "none" else (0.0, 0.0))
+                           *(self.absent, self.nonsense) if prompt == "none" else (0.0, 0.0))
         if self.dense:
             add_structures(batch, sample)
         if self.jitter:

@@ -23,8 +23,7 @@ from inference import UNSURE, Predictor, answers, by_class, label_maps, largest_
 from medsegr import Config, MedSegR
 from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
                      summarise, with_none)
-from runs import fingerprint as of_dataset
-from runs import load_checkpoint, newest_checkpoint
+from runs import dataset_fingerprint, load_checkpoint, newest_checkpoint
 from texts import TEXTS, Rephrased
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +211,7 @@ def main():
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, min_iou=args.min_iou,
                  seed=args.seed, limit=args.limit, step=record.get("step"), precision=args.precision,
                  model=model.describe(), images=len(dataset), **dataset_options(args))
-    settings = about | dict(data=[str(args.data), of_dataset(dataset)], texts=str(args.texts),
+    settings = about | dict(data=[str(args.data), dataset_fingerprint(dataset)], texts=str(args.texts),
                             weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
     if rank == 0:

@@ -239,8 +239,7 @@ def main():
     checkpoint = args.checkpoint or default_checkpoint(args.modality)
     model, record = load_checkpoint(checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
     dataset = args.dataset or record.get("dataset") or "synapse"
-    own = own_texts(record) if args.dataset in (None, "folder") else None
-    texts = Texts(dataset, args.attributes_file or own) if args.target else None
+    texts = Texts(dataset, args.attributes_file or own_texts(record, args.dataset)) if args.target else None
     for target in args.target or ():
         args.texts += wordings(texts, args.mean_wordings, target, args.modality, None)
     make_folder(args.out.parent)

@@ -55,10 +55,7 @@ def hd95(a, b, spacing=None):
 
 def voxel_size(mask, spacing):
     """float64 [D]; ones, so voxels, without a spacing."""
-    try:
-        step = np.asarray(1 if spacing is None else spacing, float)
-    except (TypeError, ValueError):  # of a damaged file
-        step = np.array(np.nan)
+    step = np.asarray(1 if spacing is None else spacing, float)
     if step.shape not in ((), (mask.ndim,)) or not (np.isfinite(step) & (step > 0)).all():
         raise InputError(f"spacing {spacing}: give {mask.ndim} numbers above 0, the mm between voxels along each axis")
     return np.broadcast_to(step, mask.ndim)

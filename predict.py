@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from common import (ATTRIBUTES, MODALITIES, InputError, Parser, add_precision_flag, add_target_flags, alone_in,
@@ -184,9 +184,11 @@ def source_of(args, path):
 
 def stem_of(args, name, z=None, axis=None):
     """What the results of a volume's slice z, or of the slice or page that is asked for, are called."""
-    z, axis = args.slice if z is None else z, PLANES.index(args.plane or "axial") if axis is None else axis
-    page = "" if args.page is None else f"-page{args.page:03d}"
-    return name + (page if z is None else f"-{PLANES[axis] if axis else 'slice'}{z:03d}")
+    if z is None:
+        z, axis = args.slice, PLANES.index(args.plane or "axial")
+    if z is not None:
+        return f"{name}-{PLANES[axis] if axis else 'slice'}{z:03d}"
+    return name if args.page is None else f"{name}-page{args.page:03d}"
 
 
 def record_of(args, stem, path):
@@ -227,7 +229,7 @@ def state_of(args, path):
         return dict(bytes=sum(f.st_size for f in files.values()),
                     modified=max((f.st_mtime for f in files.values()), default=0)) | listing
 
-    asked = args.asked | dict(checkpoint=args.checkpoint, attributes_file=texts_file(args))
+    asked = args.asked | dict(checkpoint=args.checkpoint, attributes_file=args.texts_file)
     for flag in ("checkpoint", "attributes_file", "texts"):
         asked[flag] = asked[flag] and [os.path.abspath(asked[flag]), stamp(Path(asked[flag]))]
     for kind in ATTRIBUTES:  # one's own words may be clinical: a hash tells them apart as well
@@ -329,14 +331,14 @@ def read_input(path, args):
     grid = window = None
     said, dicom = [], path.is_dir() or is_dicom(path)
     if dicom:
-        pixels, grid, window = read_dicom(path, args.window, args.modality, args.series, args.slice)
+        pixels, grid, window = read_dicom(path, args.window, args.modality, args.series, args.slice, say=said.append)
     elif is_nifti(path):
         pixels, grid, window = read_nifti(path, args.window, args.modality)
     else:
         pixels = read_image(path, args.page, args.window, said.append)
     pixels = slices_of(pixels, plane_of(args, grid)) if grid else pixels
     if window:
-        said = [f"{path}: shown are its values from {window[0]:g} to {window[1]:g}"]
+        said.append(f"{path}: shown are its values from {window[0]:g} to {window[1]:g}")
     if args.series and not dicom:
         raise InputError(f"--series {args.series}: {path} is not DICOM; leave it out")
     if args.window and not window and (dicom or grid):
@@ -484,15 +486,6 @@ def say_apart(args, name, found, alone):
                    "out")
 
 
-def texts_file(args):
-    """Where the texts of --target are: for a model of one's own data where its checkpoint says."""
-    own = None
-    with suppress(OSError, SafetensorError, ValueError):  # load_model says what is wrong with it
-        with safe_open(args.checkpoint, "pt") as file:
-            own = own_texts(json.loads((file.metadata() or {}).get("record", "{}")))
-    return args.attributes_file or args.dataset in (None, "folder") and own or HERE / "attributes.json"
-
-
 def load_model(args):
     """-> model, texts."""
     from inference import choose_precision
@@ -506,7 +499,7 @@ def load_model(args):
         model, record = load_checkpoint(args.checkpoint, sam_checkpoint=args.sam_checkpoint, clip=args.clip)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = "float32" if args.onnx else choose_precision(model, args.precision)
-    texts = Texts(args.dataset or record.get("dataset") or "synapse", texts_file(args), args.texts)
+    texts = Texts(args.dataset or record.get("dataset") or "synapse", args.texts_file, args.texts)
     if args.target:
         texts.check_images(args.inputs, args.target)
         texts.check([(target, args.modality) for target in args.target])
@@ -516,8 +509,14 @@ def load_model(args):
 
 
 def choose_checkpoint(args):
-    from runs import checkpoint_file, default_checkpoint
+    """Sets args.checkpoint and args.texts_file, which holds the texts of --target: for a model of one's own data where
+    its checkpoint says."""
+    from runs import checkpoint_file, default_checkpoint, read_record
     args.checkpoint = args.onnx or checkpoint_file(args.checkpoint or default_checkpoint(args.modality))
+    own = None
+    with suppress(OSError, SafetensorError, ValueError):  # load_model says what is wrong with it
+        own = own_texts({} if args.onnx else read_record(args.checkpoint), args.dataset)
+    args.texts_file = args.attributes_file or own or HERE / "attributes.json"
 
 
 def main():

@@ -59,6 +59,12 @@ def checkpoint_file(path, flag="--checkpoint"):
     return path
 
 
+def read_record(path):
+    """What a .safetensors file says of its run, without its weights."""
+    with safetensors.safe_open(path, "pt") as f:
+        return json.loads((f.metadata() or {}).get("record", "{}"))
+
+
 def load_checkpoint(path, **overrides):
     """A .safetensors file, or a folder with best.safetensors or last.safetensors -> (MedSegR, its record).
 
@@ -73,7 +79,7 @@ def load_checkpoint(path, **overrides):
         config = Config(**{**{k: v for k, v in saved["config"].items() if k in known}, **given})
         with safetensors.safe_open(path, "pt") as f:
             weights = unpacked({k: f.get_tensor(k) for k in f.keys()})
-            record = json.loads((f.metadata() or {}).get("record", "{}"))
+        record = read_record(path)
     except InputError:
         raise
     except FileNotFoundError:
@@ -346,7 +352,7 @@ def commit():
         return None
 
 
-def fingerprint(dataset, samples=8):
+def dataset_fingerprint(dataset, samples=8):
     """A hash of a data set: the keys of all its images, and the pixels and masks of a few that are spread evenly."""
     digest = hashlib.blake2b(digest_size=16)
     for i in range(len(dataset)):

@@ -150,7 +150,7 @@ class Texts:
         return {name: partial(draw_any, sources) for name, sources in found.items()}
 
 
-def nonsense(rng):
+def draw_nonsense(rng):
     """Random {attribute: text} about one to three of ImageNet's everyday things: there is nothing to find."""
     from torchvision.models import ResNet50_Weights  # only training asks, and it takes two seconds to load
     things = ResNet50_Weights.DEFAULT.meta["categories"]
@@ -165,9 +165,11 @@ def read_entries(name, path):
     return others | read_json(path)
 
 
-def own_texts(record):
-    """Where a checkpoint's record says that the texts of --dataset folder are; None of other data sets."""
-    return record.get("arguments", {}).get("attributes_file") if record.get("dataset") == "folder" else None
+def own_texts(record, dataset=None):
+    """Where a checkpoint's record says that the texts of --dataset folder are; None of other data sets, and where
+    another `dataset` is asked for."""
+    own = record.get("dataset") == "folder" and dataset in (None, "folder")
+    return record.get("arguments", {}).get("attributes_file") if own else None
 
 
 def write_form(path, name, classes, drafts):

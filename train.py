@@ -31,7 +31,8 @@ from encoders import FeatureCache, fill
 from inference import Predictor, autocast, predict
 from losses import PARTS, Objective
 from medsegr import BRANCHES, Config, MedSegR
-from runs import Log, begin, check_disk, fingerprint, init_from, memory_mb, save_checkpoint, save_run, save_training
+from runs import (Log, begin, check_disk, dataset_fingerprint, init_from, memory_mb, save_checkpoint, save_run,
+                  save_training)
 from texts import Rephrased
 
 PATIENCE = 20  # steps in a row without a finite gradient end a run
@@ -100,7 +101,7 @@ def set_up(args, rank, world, device, signals):
     r.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "float16")
     # window: sums since the last row of the log, and of how many steps; validated: not only trained
     r.progress = dict(step=0, best=-1.0, seconds=0.0, skipped=0, window=[0.0] * (len(WINDOW) + 1), validated=True)
-    r.about = dict(arguments=vars(args), data=fingerprint(train_set))
+    r.about = dict(arguments=vars(args), data=dataset_fingerprint(train_set))
     begin(r.out, args.resume, rank, model, r.optimizer, r.scaler, r.progress, r.about)
     step = r.progress["step"]
     r.batches = Batches(train_set, r.texts, r.cache, args, rank, world, step)

@@ -354,11 +354,11 @@ def read_values(path, slices, affine):
     return values, grid, usual_window(np.concatenate(sample), path, slices[0].modality)
 
 
-def read_dicom(path, window, modality, series=None, frame=None, most=None, say=print):
+def read_dicom(path, window, modality, series=None, frame=None, most=None, say=None):
     """The folder of a series or a file -> (uint8 [D,H,W], upright, its Grid, its window); or, of what does not say
     where it lies, (uint8 [H,W,3], None, its window or, of colours, None). frame: the one to take of a film. most: of a
-    volume read_values() instead; InputError if there are more than so many pixels. say: is told, line by line, what had
-    to be assumed of what read_volume() reads."""
+    volume read_values() instead; InputError if there are more than so many pixels. The function
+    `say` is told, line by line, what had to be assumed."""
     slices = find_slices(path, series)
     if most:
         check_size(path, sum(math.prod(s.shape) for s in slices), most)
@@ -384,6 +384,6 @@ def read_dicom(path, window, modality, series=None, frame=None, most=None, say=p
     check_scale(slices)
     if most:
         return read_values(Path(path), slices, fit(slices))
-    if len(slices) == 1 and not first.thickness:
+    if len(slices) == 1 and not first.thickness and say:
         say(f"{path}: has no SliceThickness; 1 mm is assumed for ml")
     return read_volume(Path(path), slices, fit(slices), window, modality)

@@ -120,8 +120,8 @@ def synapse(raw, out):
         raise InputError(f"{out}: holds slices without our spacing.json, so they come from elsewhere; choose another "
                          "place with --out, or move them away")
     spacing = read_record(out / "spacing.json")
-    todo = [case for case, (image, _) in cases.items()
-            if spacing.get(case) != image.spacing or not synapse_complete(out, case, *cases[case])]
+    todo = [case for case, pair in cases.items()
+            if spacing.get(case) != pair[0].spacing or not synapse_complete(out, case, *pair)]
     make_folder(out)
     spacing = {case: mm for case, mm in spacing.items() if case not in todo}
     record_synapse(out, spacing)

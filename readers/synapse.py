@@ -53,11 +53,15 @@ class Synapse:
 
     def spacing(self, case):
         """(z, y, x) in mm where `data.py prepare` has left it, else None: TransUNet's files do not hold it."""
+        path = self.root / "spacing.json"
+        remedy = "prepare the data again, or delete it: distances are then in voxels alone"
         if self.spacings is None:
-            path = self.root / "spacing.json"
-            remedy = "prepare the data again, or delete it: distances are then in voxels alone"
             self.spacings = read_json(path, remedy) if path.is_file() else {}
-        return self.spacings.get(case)
+        mm = self.spacings.get(case)
+        numbers = isinstance(mm, list) and len(mm) == 3 and all(isinstance(n, (int, float)) for n in mm)
+        if mm is not None and not (numbers and all(0 < n < 1000 for n in mm)):
+            raise InputError(f"{path}: {case} has the spacing {mm}, which are no three numbers of mm; {remedy}")
+        return mm
 
     def read(self, i):
         _, number, path = self.items[i]

@@ -322,7 +322,7 @@ def test_a_single_slice(tmp_path):
     fails(lambda: read_dicom(folder / "000.dcm", WIDE, "ct", frame=1), "--slice 1")
 
 
-def test_a_single_slice_without_thickness(tmp_path, capsys):
+def test_a_single_slice_without_thickness(tmp_path):
     """Is 1 mm thick, and it is said; not of one with a thickness, nor of several slices, whose places tell it."""
     for n, (count, change, thick) in enumerate((
             (1, dict(SliceThickness=...), 1), (1, dict(SliceThickness=b""), 1), (1, dict(SliceThickness=b"0 "), 1),
@@ -333,8 +333,6 @@ def test_a_single_slice_without_thickness(tmp_path, capsys):
         _, grid, _ = read_dicom(folder, WIDE, "ct", say=said.append)
         assert grid.spacing[0] == pytest.approx(thick)
         assert said == [f"{folder}: has no SliceThickness; 1 mm is assumed for ml"] * (thick == 1)
-        read_dicom(folder, WIDE, "ct")
-        assert capsys.readouterr().out.splitlines() == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_bad_input_is_named_in_one_line():
     a, b = np.ones((4, 4, 4), bool), np.ones((4, 4, 5), bool)
     for call in (dice, iou, hd95, score, lambda p, t: score_labels(p, t, ORGANS)):
         fails(lambda: call(a, b), "prediction", "(4, 4, 4)", "truth", "(4, 4, 5)", "grid")
-    for spacing in (0, -1, np.nan, np.inf, (1, 2), (1, 2, 0), (1, 2, 3, 4), "abc", {"a": 1}, (1, "b", 2)):
+    for spacing in (0, -1, np.nan, np.inf, (1, 2), (1, 2, 0), (1, 2, 3, 4)):
         for call in (hd95, score, lambda p, t, s: score(p, ~t, s),
                      lambda p, t, s: score_labels(p.astype(np.uint8), t.astype(np.uint8), ORGANS, s)):
             fails(lambda: call(a, a, spacing), "spacing", spacing, "3 numbers", "mm")

@@ -153,6 +153,18 @@ def test_splits(tmp_path, npz, h5, train, val):
         assert cases(open_dataset("synapse", tmp_path, "test", 8)) == sorted(2 * [f"case{case}" for case in h5])
 
 
+def test_a_damaged_spacing_is_named(tmp_path):
+    synapse(tmp_path)
+    path = tmp_path / "spacing.json"
+    for spacing in ("abc", {"a": 1}, [1, 2], [1, "b", 2], [1, 2, 0], [1, 2, -3], [1, 2, 1e9], [1, 2, float("nan")]):
+        path.write_text(json.dumps({"case0010": spacing}))
+        source = open_dataset("synapse", tmp_path, "val", 64).source
+        fails(lambda: source.spacing("case0010"), path, "case0010", "three numbers")
+        assert source.spacing("case0028") is None
+    path.write_text('{"case0010": [3.0, 0.8, 0.7]}')
+    assert open_dataset("synapse", tmp_path, "val", 64).source.spacing("case0010") == [3.0, 0.8, 0.7]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_splits_are_apart(tmp_path, seed):
     """Whatever cases there are: training, validation and test cases never mix, and volumes are whole and in order."""
