@@ -4,7 +4,7 @@
     python bench.py ops --grids 14 --targets 8       a first look
     python bench.py ops --device cuda --dtype bfloat16 --json ops.json
     python bench.py eval synapse --data DIR
-    python bench.py --help                           what else there is: model, train, data, speed, volume
+    python bench.py --help                           what else there is: model, train, data, speed
 
 Times are medians. What is compared takes turns within one loop, so that a machine that is busy for a while is busy for
 all of it; still, measure on an idle one. A ratio is the peer's time, or on a GPU its peak memory, over ours: above 1
@@ -40,9 +40,7 @@ COMMANDS = {  # command -> its function in benches/, what it measures, its flags
     "eval": ("scoring.bench_eval", "Dice and HD95 of whole volumes, against medpy", {
         **DATA, "--split": dict(default="test"), "--volumes": dict(**N, default=3)}),
     "speed": ("speed.bench_speed", "table 7: tuned parameters and images a second, beside plain SAM", {
-        "--batches": dict(**N, nargs="+", default=[1, 2, 4, 8, 16, 32], help="batch sizes to try")}),
-    "volume": ("speed.bench_volume", "a volume by its texts, its slices one by one and several at once", {
-        "--slices": dict(**N, default=16)})}
+        "--batches": dict(**N, nargs="+", default=[1, 2, 4, 8, 16, 32], help="batch sizes to try")})}
 
 
 def parse():

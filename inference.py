@@ -7,8 +7,7 @@
 Both decode with decode_targets, and merge_label_map makes one label map of several targets.
 """
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -279,32 +278,14 @@ def gray_image(volume, z):
     return np.repeat(volume[z][..., None], 3, 2)
 
 
-def in_threads(function, items, model, most=4):
-    """Yields function(item) of each in order. On a CPU several are computed at once, each with its share of the cores,
-    which leaves fewer of them waiting than all of them at one small slice; not of large images, for their memory."""
-    cores = torch.get_num_threads()
-    alone = not isinstance(model, torch.nn.Module) or model.device.type != "cpu" or model.config.image_size > 256
-    threads = 1 if alone else min(cores, most)
-    if threads == 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(threads)
-    torch.set_num_threads(cores // threads)
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)
-
-
 @torch.no_grad()
 def predict_volume(model, volume, texts, precision="float32", progress=True, batch=None, min_iou=0.0):
     """Slices uint8 [D,H,W] -> label uint8 [D,H,W] of the targets 1, 2, ..., and the IoU that the model expects of each,
     float [T]: the mean over all slices, weighted by what was found there; NaN where nothing was.
 
-    `batch` slices at a time: by default one on a CPU, where more are no faster, but several threads have one each; on a
-    GPU up to a million pixels and 64 wordings. Nothing is found in slices that are black all over: air, or the margin
-    of a volume that was turned or padded. progress: a bar, where stderr is a terminal. min_iou: of a slice, see Answer.
+    `batch` slices at a time: by default one on a CPU, where more are no faster; on a GPU up to a million pixels and 64
+    wordings. Nothing is found in slices that are black all over: air, or the margin of a volume that was turned or
+    padded. progress: a bar, where stderr is a terminal. min_iou: of a slice, see Answer.
     """
     label, T, S = np.zeros(volume.shape, np.uint8), len(texts), model.config.image_size
     voxels, weighted = np.zeros(T), np.zeros(T)
@@ -312,24 +293,18 @@ def predict_volume(model, volume, texts, precision="float32", progress=True, bat
     batch, filled = batch or max(1, most), np.flatnonzero(volume.any((1, 2)))
     with autocast(model.device, precision):
         priors = encode_texts(model, texts)
-
-    @torch.no_grad()
-    def label_slices(rows):
-        images = [gray_image(volume, z) for z in rows]
-        with autocast(model.device, precision):
-            answer = decode_targets(model, encode_images(model, images), texts, priors=priors)
-        grids = answer._replace(min_iou=min_iou).sure().grid.split(T)
-        return ([merge_label_map(to_original(grid, volume.shape[1:]), range(1, T + 1)) for grid in grids],
-                answer.iou.view(-1, T).cpu().numpy())
-
-    batches = [filled[start:start + batch] for start in range(0, len(filled), batch)]
     hidden = None if progress else True  # None: where stderr is no terminal
-    with (closing(in_threads(label_slices, batches, model)) as labelled,
-          tqdm(total=len(filled), desc="predicting", unit="slice", leave=None, disable=hidden) as bar):
-        for rows, (found, iou) in zip(batches, labelled):
-            label[rows] = found
-            sizes = np.stack([np.bincount(one.ravel(), minlength=T + 1)[1:] for one in found])
-            voxels, weighted = voxels + sizes.sum(0), weighted + (sizes * iou).sum(0)
+    with tqdm(total=len(filled), desc="predicting", unit="slice", leave=None, disable=hidden) as bar:
+        for start in range(0, len(filled), batch):
+            rows = filled[start:start + batch]
+            images = [gray_image(volume, z) for z in rows]
+            with autocast(model.device, precision):
+                answer = decode_targets(model, encode_images(model, images), texts, priors=priors)
+            answer = answer._replace(min_iou=min_iou).sure()
+            for z, grid, iou in zip(rows, answer.grid.split(T), answer.iou.split(T)):
+                label[z] = merge_label_map(to_original(grid, volume.shape[1:]), range(1, T + 1))
+                found = np.bincount(label[z].ravel(), minlength=T + 1)[1:]
+                voxels, weighted = voxels + found, weighted + found * iou.cpu().numpy()
             bar.update(len(rows))
     with np.errstate(invalid="ignore"):
         return label, weighted / voxels

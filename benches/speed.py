@@ -1,19 +1,16 @@
-"""bench.py speed: table 7, tuned parameters and images per second, each image with one box; bench.py volume."""
+"""bench.py speed: table 7, tuned parameters and images per second, each image with one box."""
 import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import torch
 from segment_anything import sam_model_registry
 
 from benches.timing import measure, show
 from common import LIGHT
-from data import open_dataset
 from export import export
-from inference import autocast, predict_volume
+from inference import autocast
 from medsegr import Config, MedSegR
 from paper.tables import NUMBERS
 from readers.synapse import ORGANS
@@ -64,25 +61,6 @@ def onnx(device, **config):
                           for image, box in zip(images, boxes)])
 
     return answer, model.config.image_size, sum(p.numel() for p in model.trained().values()) / 1e6
-
-
-@torch.no_grad()
-def bench_volume(args):
-    """A volume's slices, three targets in each: one after the other, each by all cores, and as predict_volume does it,
-    several at once, each by its share; in float32, and in --dtype."""
-    model = MedSegR(Config(**LIGHT)).to(args.device).eval()
-    volume = np.stack([sample.image[..., 0] for sample in open_dataset("demo", image_size=256, limit=args.slices)])
-    texts, rows = [Texts("synapse")(name, "ct") for name in ORGANS[:3]], []
-
-    def one_by_one(function, items, model):
-        return (function(item) for item in items)
-
-    for dtype in dict.fromkeys(("float32", args.dtype)):
-        ours = lambda: predict_volume(model, volume, texts, dtype, progress=False)
-        ms, _ = measure({"ours": ours, "one": mock.patch("inference.in_threads", one_by_one)(ours)}, args, slow=1000)
-        rows.append({"dtype": dtype, "slices": len(volume), "one by one, s a slice": ms["one"] / 1000 / len(volume),
-                     "ours, s a slice": ms["ours"] / 1000 / len(volume), "ratio": ms["one"] / ms["ours"]})
-    return show("a volume, three targets a slice", rows)
 
 
 VIT = dict(backbone="vit_b", sam_checkpoint="random")  # random weights are as fast as SAM's

@@ -1,9 +1,4 @@
 """inference.py: what is asked for, how the answers are merged, and that both ways to ask agree."""
-import threading
-import time
-from contextlib import closing
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -112,41 +107,6 @@ def test_slices_in_batches(model, monkeypatch):
     assert {0, 1, 2} == set(np.unique(label))
 
 
-def test_slices_in_threads(model, monkeypatch):
-    """Threads give what one gives, in order; an error or an interruption ends them soon, and the cores are given back."""
-    volume = np.random.default_rng(0).integers(1, 255, (7, 40, 56), dtype=np.uint8)
-    cores, seen = torch.get_num_threads(), []
-    try:
-        found = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(predict_volume(model[0], volume, [TEXT], progress=False))
-            assert torch.get_num_threads() == n
-        for label, iou in found:
-            assert (label != found[0][0]).mean() < 1e-3 and np.allclose(iou, found[0][1], atol=1e-3, equal_nan=True)
-        torch.set_num_threads(3)
-        here = threading.get_ident()
-        with closing(inference.in_threads(lambda i: (i, threading.get_ident(), torch.get_num_threads()), range(60),
-                                          model[0])) as results:
-            numbers, idents, each = zip(*results)
-        assert numbers == tuple(range(60)) and here not in idents and set(each) == {1}
-
-        def fail(i):
-            seen.append(i)
-            time.sleep(0.01)
-            assert i != 4, "a slice that fails"
-
-        with pytest.raises(AssertionError, match="a slice that fails"):
-            with closing(inference.in_threads(fail, range(1000), model[0])) as results:
-                list(results)
-        assert len(seen) < 30 and torch.get_num_threads() == 3
-        monkeypatch.setattr(model[0], "config", replace(model[0].config, image_size=1024))  # for their memory
-        with closing(inference.in_threads(lambda i: threading.get_ident(), range(9), model[0])) as results:
-            assert set(results) == {here}
-    finally:
-        torch.set_num_threads(cores)
-
-
 def test_prompts_are_in_pixels_of_the_image(model, monkeypatch):
     """On a 128 x 192 image of a 64 x 64 model: a pixel's centre stays the centre of what it covers."""
     seen = {}
@@ -166,7 +126,6 @@ def test_slices_of_air_have_no_answer(model, monkeypatch):
     volume[4, 3, 5] = 1  # nearly black is not black
     asked, S = [], model[0].config.image_size
     everywhere = Answer(torch.ones(1, S, S), (S, S), torch.tensor([0.75]), None, {}, None)
-    monkeypatch.setattr(inference, "in_threads", lambda function, items, model: (function(item) for item in items))
     monkeypatch.setattr(inference, "encode_images", lambda model, images: asked.extend(images))
     monkeypatch.setattr(inference, "decode_targets", lambda *a, **k: everywhere)
     label, iou = inference.predict_volume(model[0], volume, [TEXT], progress=False)
@@ -181,7 +140,6 @@ def test_what_the_model_expects_to_be_bad_is_dropped(model, monkeypatch):
     volume = rng.integers(1, 255, (5, S, S), dtype=np.uint8)
     grids, ious = torch.from_numpy(rng.normal(size=(5, 3, S, S))).float(), torch.from_numpy(rng.random((5, 3))).float()
     found = iter([Answer(grid, (S, S), iou, None, {}, None) for grid, iou in zip(grids, ious)] * 2)
-    monkeypatch.setattr(inference, "in_threads", lambda function, items, model: (function(item) for item in items))
     monkeypatch.setattr(inference, "decode_targets", lambda *a, **k: next(found))
     every, _ = inference.predict_volume(model[0], volume, 3 * [TEXT], progress=False)
     some, _ = inference.predict_volume(model[0], volume, 3 * [TEXT], progress=False, min_iou=0.5)
