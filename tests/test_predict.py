@@ -218,8 +218,12 @@ def threshold(monkeypatch):
             return e.code
         return 0
 
-    monkeypatch.setattr(predict, "load_model", lambda args: predict.make_folder(args.out) or
-                        (Threshold(), Texts("synapse")))
+    def load_model(args):
+        predict.choose_checkpoint(args)
+        predict.make_folder(args.out)
+        return Threshold(), Texts("synapse")
+
+    monkeypatch.setattr(predict, "load_model", load_model)
     monkeypatch.setattr(plots, "contact_sheet", lambda pictures, path, *a, **k: path.touch())
     return ask
 
