@@ -220,18 +220,24 @@ def check_results(args, name, path):
 
 
 def state_of(args, path):
-    """What OUT/NAME-input.json is to say: what the input is and, flag by flag, what is asked; of files and folders of
-    files also bytes and time, of folders a hash of each file's."""
-    def stamp(path):
-        files = {f.name: f.stat() for f in (visible(path) if path.is_dir() else [path]) if f.is_file()}
+    """What OUT/NAME-input.json is to say: what the input is and, flag by flag, what is asked; of files, and of folders of
+    files, also bytes, time and a hash of each file's."""
+    def stamp(*given):
+        files = {f.name: f.stat() for one in given for f in (visible(one) if one.is_dir() else [one]) if f.is_file()}
         each = repr([(name, f.st_size, f.st_mtime_ns) for name, f in files.items()]).encode()
-        listing = dict(listing=hashlib.blake2b(each, digest_size=8).hexdigest()) if path.is_dir() else {}
         return dict(bytes=sum(f.st_size for f in files.values()),
-                    modified=max((f.st_mtime for f in files.values()), default=0)) | listing
+                    modified=max((f.st_mtime for f in files.values()), default=0),
+                    listing=hashlib.blake2b(each, digest_size=8).hexdigest())
+
+    def beside(file):
+        return file.with_suffix(".json"), file.with_name("config.json"), file.with_name(f"{file.stem}-encoder.onnx")
 
     asked = args.asked | dict(checkpoint=args.checkpoint, attributes_file=args.texts_file)
-    for flag in ("checkpoint", "attributes_file", "texts"):
-        asked[flag] = asked[flag] and [os.path.abspath(asked[flag]), stamp(Path(asked[flag]))]
+    for flag in ("checkpoint", "sam_checkpoint", "attributes_file", "texts"):
+        file = asked[flag] and Path(asked[flag])
+        asked[flag] = file and [os.path.abspath(file), stamp(file, *(beside(file) if flag == "checkpoint" else ()))]
+    if args.clip:  # NAME:TAG or NAME:FILE
+        asked["clip"] = [args.clip, stamp(Path(args.clip.partition(":")[2] or args.clip))]
     for kind in ATTRIBUTES:  # one's own words may be clinical: a hash tells them apart as well
         asked[kind] = asked[kind] and hashlib.blake2b(repr(asked[kind]).encode(), digest_size=8).hexdigest()
     return json.loads(json.dumps(dict(input=source_of(args, path), **stamp(path), asked=asked), default=str))

@@ -428,6 +428,13 @@ def test_what_changed_behind_its_flags_is_done_anew(threshold, model, tmp_path, 
         own.write_text('{"folder": {}}')
         assert not ask("a.png", "--dataset", "synapse") and ask("a.png") and not ask("a.png")
 
+        for file, flags in (("c/last.json", ()), ("c/config.json", ()), ("c/last-encoder.onnx", ()),
+                            ("sam.pth", ("--sam-checkpoint", tmp_path / "sam.pth")),
+                            ("clip.pt", ("--clip", f"ViT-B-16:{tmp_path / 'clip.pt'}"))):
+            ask("a.png", *flags)
+            (tmp_path / file).write_text("{}")
+            assert ask("a.png", *flags) and not ask("a.png", *flags)
+
     slices = series(tmp_path / "s", HU[:2])
     assert ask("s") and not ask("s")
     os.utime(slices / "000.dcm", (1, 1))
