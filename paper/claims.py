@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -36,6 +37,7 @@ NONSENSE = 4  # nonsense texts per slice
 BLOCK = 16  # questions that are decoded at a time
 ABSENT = 0.05  # share of the absent structures that may still be answered at the threshold
 FEW = 5  # slices: of fewer no difference is called real
+INTERVAL = (0.025, 0.975)  # the ends of 95 % of what a bootstrap draws
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,13 +198,20 @@ class Found:
 
     def __init__(self, rows, classes, seed=0, draws=2000):
         self.rows, self.classes = rows, list(classes)
-        self.slices = {row["image"]: n for n, row in enumerate(r for r in rows if r["how"] == "truth")}
         truths = [row for row in rows if row["how"] == "truth"]
+        self.slices = {row["image"]: n for n, row in enumerate(truths)}
         self.truth = np.array([row["inside"] for row in truths])  # [N,K] pixels
         self.chance = np.array([row["gain"] for row in truths], float)  # [N,K] share of the image that the box has
         self.cases = np.array([row["case"] for row in truths])
         self.weights = two_stage(self.cases, draws, seed)  # [draws,N]
-        self.own = {(row["image"], row["name"]): row for row in rows if row["how"] == "own"}
+
+    def own(self, field):
+        """A number of each answer to a class's own words, [N,K]; of "inside" and "gain", which have one for each class
+        of the truth, [N,K,K]. NaN where there is none."""
+        missing = [None] * len(self.classes)
+        values = [missing if row[field] is None else row[field] for row in self.rows if row["how"] == "own"]
+        values = np.array(values, float)  # a slice is asked for all classes, in their order
+        return values.reshape(*self.truth.shape, *values.shape[1:])
 
     def counts(self, how, other=None):
         """-> pixels in common [N,K], pixels of answer and truth together [N,K], over the slices that hold the class and
@@ -211,19 +220,13 @@ class Found:
         for row in self.rows:
             if row["how"] == how and row["name"] and other in (None, row["other"]):
                 n, k = self.slices[row["image"]], self.classes.index(row["name"])
-                if self.truth[n, k]:
-                    both[n, k] += row["inside"][k]
-                    sizes[n, k] += row["size"] + self.truth[n, k]
-        return both, sizes
+                both[n, k] += row["inside"][k]
+                sizes[n, k] += row["size"] + self.truth[n, k]
+        return both, sizes * (self.truth > 0)
 
     def swapped(self, j):
         """counts() of every class where all its texts are those of class j: class j's own answers."""
-        both, sizes = np.zeros((2, *self.truth.shape))
-        for (image, name), row in self.own.items():
-            n = self.slices[image]
-            if name == self.classes[j]:
-                both[n], sizes[n] = row["inside"], (row["size"] + self.truth[n]) * (self.truth[n] > 0)
-        return both * (self.truth > 0), sizes
+        return self.own("inside")[:, j], (self.own("size")[:, [j]] + self.truth) * (self.truth > 0)
 
     def compare(self, changed):
         """counts() -> Dice of it less that of its own words in the same slices: [K + 1] values (the last is the
@@ -232,7 +235,7 @@ class Found:
         asked = changed[1] > 0
         own = [part * asked for part in self.counts("own")]
         difference = lambda weights: with_mean(dice(changed, weights) - dice(own, weights))
-        low, high = quantiles(difference(self.weights))
+        low, high = pd.DataFrame(difference(self.weights)).quantile(INTERVAL).to_numpy()
         enough = np.append(asked.sum(0), asked.any(1).sum()) >= FEW
         return difference(np.ones((1, len(self.truth))))[0], low, high, ((low > 0) | (high < 0)) & enough
 
@@ -259,17 +262,7 @@ def dice(counts, weights):
 
 def with_mean(values):
     """[R,K] -> [R,K + 1]: and their mean, without those that are not known."""
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0).sum(1) / np.maximum(known.sum(1), 1)
-    return np.column_stack([values, np.where(known.any(1), mean, np.nan)])
-
-
-def quantiles(draws):
-    """[R,...] -> the ends of the 95 % interval, NaN where nothing is known."""
-    ends = np.full((2, *draws.shape[1:]), np.nan)
-    known = ~np.isnan(draws).all(0)
-    ends[:, known] = np.nanquantile(draws[:, known], (0.025, 0.975), axis=0)
-    return ends
+    return np.column_stack([values, pd.DataFrame(values).mean(axis=1)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,12 +276,12 @@ class Scored(NamedTuple):
 
 def scored(found, kind):
     """kind: "present" or "absent", classes in their own words; or "nonsense"."""
-    rows = [row for row in found.rows if row["how"] == ("nonsense" if kind == "nonsense" else "own")]
-    if kind != "nonsense":
-        held = lambda row: found.truth[found.slices[row["image"]], found.classes.index(row["name"])] > 0
-        rows = [row for row in rows if held(row) == (kind == "present")]
-    return Scored(np.array([row["iou"] * (row["size"] > 0) for row in rows]),
-                  np.array([found.slices[row["image"]] for row in rows], int))
+    if kind == "nonsense":
+        rows = [row for row in found.rows if row["how"] == "nonsense"]
+        return Scored(np.array([row["iou"] * (row["size"] > 0) for row in rows]),
+                      np.array([found.slices[row["image"]] for row in rows], int))
+    chosen = (found.truth > 0) == (kind == "present")
+    return Scored((found.own("iou") * (found.own("size") > 0))[chosen], np.nonzero(chosen)[0])
 
 
 def area_under_roc(yes, no, weights=None):
@@ -310,11 +303,9 @@ def threshold(absent, share=ABSENT):
 def dice_above(found, least):
     """Mean Dice over the classes, own words, of all slices, where answers up to a predicted IoU of `least` are dropped;
     a structure found where there is none counts."""
-    both, sizes = np.zeros((2, len(found.classes)))
-    for (image, name), row in found.own.items():
-        k, kept = found.classes.index(name), row["iou"] > least
-        both[k] += row["inside"][k] * kept
-        sizes[k] += row["size"] * kept + found.truth[found.slices[image], k]
+    kept = found.own("iou") > least
+    both = (found.own("inside").diagonal(axis1=1, axis2=2) * kept).sum(0)
+    sizes = (found.own("size") * kept + found.truth).sum(0)
     return float(np.nanmean(2 * both / np.where(sizes, sizes, np.nan)))
 
 
@@ -375,11 +366,7 @@ def swap_table(found, swaps, places):
 
 def position_table(found):
     """Does the position map point at its structure? -> (markdown, lift [K,K]: of the row's map in the column's box)."""
-    K = len(found.classes)
-    gain = np.full((K, *found.truth.shape), np.nan)  # [map,N,box]
-    for (image, name), row in found.own.items():
-        if row["gain"]:
-            gain[found.classes.index(name), found.slices[image]] = np.array(row["gain"], float)
+    gain = found.own("gain").swapaxes(0, 1)  # [map,N,box]
     known = ~np.isnan(found.chance)
     mean = lambda x, weights: (weights @ np.where(known, x, 0)) / np.maximum(weights @ known, 1e-9)
     once = np.ones((1, len(known)))
@@ -388,8 +375,8 @@ def position_table(found):
     lines = []
     for k, name in enumerate(found.classes):
         held = found.weights[found.weights @ known[:, k] > 0]  # draws in which the structure occurs at all
-        low, high = quantiles(mean(gain[k], held)[:, k] / mean(found.chance, held)[:, k])
-        place = "-" if np.isnan(lift[k, k]) else f"{1 + (lift[:, k] > lift[k, k]).sum()} of {K}"
+        low, high = pd.Series(mean(gain[k], held)[:, k] / mean(found.chance, held)[:, k]).quantile(INTERVAL)
+        place = "-" if np.isnan(lift[k, k]) else f"{1 + (lift[:, k] > lift[k, k]).sum()} of {len(gain)}"
         lines.append([name, show(lift[k, k] * chance[k], ".3f"), show(chance[k], ".3f"), show(lift[k, k]),
                       f"{show(low)} - {show(high)}", place])
     return ("**Table C.** Share of A_pos's gain (what lies above 1) inside the structure's box, against chance, the "
@@ -404,7 +391,7 @@ def roc_table(found):
     for kind in ("absent", "nonsense"):
         no = kinds[kind]
         draws = area_under_roc(present.score, no.score, (found.weights[:500, present.at], found.weights[:500, no.at]))
-        low, high = (show(x, ".3f") for x in quantiles(draws[:, None])[:, 0])
+        low, high = (show(x, ".3f") for x in pd.Series(draws).quantile(INTERVAL))
         lines.append([f"present against {kind}", f"{len(present.score)}, {len(no.score)}",
                       percent((no.score > 0).sum(), len(no.score)),
                       show(area_under_roc(present.score, no.score), ".3f"), f"{low} - {high}"])
