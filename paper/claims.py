@@ -134,11 +134,12 @@ def switch_off(priors, hows, own):
     """Priors of M targets, and how each is asked: the identity, in place, of the operators that are switched off.
     own: the rows whose mean T_attr stands for no structure in particular."""
     for m, how in enumerate(hows):
-        if how in ("A_pos switched off", "all three switched off") and priors.A_pos is not None:
+        off = lambda operator: how in (f"{operator} switched off", "all three switched off")
+        if off("A_pos") and priors.A_pos is not None:
             priors.A_pos[m] = 1
-        if how in ("texture filter switched off", "all three switched off") and priors.texture is not None:
+        if off("texture filter") and priors.texture is not None:
             priors.texture[m] = delta(7, priors.texture)
-        if how in ("shape filter switched off", "all three switched off") and priors.shape_kernel is not None:
+        if off("shape filter") and priors.shape_kernel is not None:
             priors.shape_kernel[m], priors.shape_offset[m] = delta(3, priors.shape_kernel), 0
         if how == "T_attr: the mean structure's" and priors.T_attr is not None:
             priors.T_attr[m] = priors.T_attr[own].mean(0)
@@ -497,14 +498,13 @@ def heads_table(model, own):
     """How far the operators of each structure's own texts, {name: texts}, are from those that change nothing."""
     with torch.no_grad():
         p = model.encode_attributes(list(own.values()))
-    identity = lambda k: delta(k, torch.empty(0))
-    distance = lambda x, to: None if x is None else (x.float().cpu() - to).abs().flatten(1)
-    place, filter7 = distance(p.A_pos, 1), distance(p.texture, identity(7))
-    filter3, offset = distance(p.shape_kernel, identity(3)), distance(p.shape_offset, 0)
-    cells = {"A_pos, mean": place, "A_pos, most": place, "texture filter, sum": filter7, "shape filter, sum": filter3,
-             "shape offsets, most": offset}
-    how = dict(mean=torch.mean, most=torch.amax, sum=torch.sum)
-    cells = {head: how[head.split(", ")[1]](x, 1) for head, x in cells.items() if x is not None}
+    filter7, filter3 = (delta(k, torch.empty(0)) for k in (7, 3))
+    heads = {"A_pos, mean": (p.A_pos, 1, torch.mean), "A_pos, most": (p.A_pos, 1, torch.amax),
+             "texture filter, sum": (p.texture, filter7, torch.sum),
+             "shape filter, sum": (p.shape_kernel, filter3, torch.sum),
+             "shape offsets, most": (p.shape_offset, 0, torch.amax)}
+    cells = {head: of_all((x.float().cpu() - identity).abs().flatten(1), 1)
+             for head, (x, identity, of_all) in heads.items() if x is not None}
     lines = [[name, *(show(float(values[k]), ".3f") for values in cells.values())] for k, name in enumerate(own)]
     return ("**Table F.** How far the operators of the structures' own texts are from the ones that change nothing: "
             "|A_pos - 1|, |filter - identity|, offsets in feature cells.\n\n" + markdown(["", *cells], lines))
