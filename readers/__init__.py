@@ -21,3 +21,17 @@ data.py can treat them alike:
 
 Nothing is ever unpickled.
 """
+
+
+class Listed:
+    """What classes share that list their images in `items`, (case, ...) each, and keep the volume of one case open."""
+    opened = None
+
+    def __len__(self):
+        return len(self.items)
+
+    def case(self, i):
+        return self.items[i][0]
+
+    def __getstate__(self):
+        return {**self.__dict__, "opened": None}  # every process opens its own

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import MODALITIES, InputError, alone_in, make_folder, read_json, read_text, visible, whole
+from readers import Listed
 from readers.pictures import (SUFFIXES, RawSample, deep_values, is_deep, opened, read_image, split_cases,
                               to_pixels, unreadable)
 
@@ -17,7 +18,7 @@ PREFIXES = {**dict(zip(MODALITIES, MODALITIES)), "t1": "mr", "t2": "mr", "flair"
             "us": "ultrasound", "xray": "x-ray", "colonoscopy": "endoscopy"}
 
 
-class Folder:
+class Folder(Listed):
     """Images with their labels, as nnU-Net takes them:
 
     root/dataset.json        channel_names {"0": "CT"}, labels {"background": 0, "liver": 1, ...}, file_ending ".nii.gz"
@@ -41,7 +42,7 @@ class Folder:
     name = "folder"
 
     def __init__(self, root, split, fold=0):
-        self.root, self.opened, self.problems = Path(root), None, []
+        self.root, self.problems = Path(root), []
         where = self.root / "dataset.json"
         if not where.is_file():
             raise InputError(f"{where}: missing; write one as nnU-Net has it, see docs/own-data.md, or correct --data")
@@ -130,15 +131,6 @@ class Folder:
 
     # -----------------------------------------------------------------------------------------------------------------
     # One image
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getstate__(self):
-        return {**self.__dict__, "opened": None}
-
-    def case(self, i):
-        return self.items[i][0]
 
     def key(self, i):
         case, z = self.items[i]

@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, read_json
+from readers import Listed
 from readers.pictures import SMALLEST, from_labels, split_cases, without_small
 
 
 AGAIN = "delete the folder and prepare the case again"
 
 
-class KiTS19:
+class KiTS19(Listed):
     """Kidneys and their tumors on CT, as `python data.py prepare kits19 RAW` lays the challenge's volumes out:
 
     root/case_00000/image.npy, label.npy   uint8 [D,H,W], mapped into memory; 1 kidney, 2 tumor
@@ -24,7 +25,7 @@ class KiTS19:
     pairs = (("kidney", "ct"), ("kidney tumor", "ct"))
 
     def __init__(self, root, split, axes="xyz"):
-        self.root, self.volumes, self.opened, self.records = Path(root), axes == "z", None, {}
+        self.root, self.volumes, self.records = Path(root), axes == "z", {}
         cases = [path.parent.name for path in self.root.glob("case_*/case.json")]
         if not cases:
             raise InputError(f"{root}: holds no case_*/case.json; turn the challenge's NIfTI volumes into it once "
@@ -52,15 +53,6 @@ class KiTS19:
             return items
         except (KeyError, IndexError, TypeError, ValueError) as e:
             raise InputError(f"{path}: damaged ({type(e).__name__}); {AGAIN}") from None
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getstate__(self):
-        return {**self.__dict__, "opened": None}
-
-    def case(self, i):
-        return self.items[i][0]
 
     def spacing(self, case):
         """(z, y, x) in mm."""

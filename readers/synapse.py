@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, read_json, read_text, visible
+from readers import Listed
 from readers.pictures import from_labels
 
 # TransUNet's ids 1..8, in order; 0 is background
@@ -15,7 +16,7 @@ TEST_CASES = ("0001", "0002", "0003", "0004", "0008", "0022", "0025", "0029", "0
 VAL_CASES = ("0010", "0028", "0037")
 
 
-class Synapse:
+class Synapse(Listed):
     """Slices of abdominal CT in TransUNet's layout; nothing but names and the headers of volumes is read on opening.
 
     root/train_npz/caseXXXX_sliceYYY.npz   image float [H, W] in [0, 1] (HU clipped to [-125, 275]), label [H, W] 0..8
@@ -29,7 +30,7 @@ class Synapse:
     pairs = tuple((organ, "ct") for organ in ORGANS)
 
     def __init__(self, root, split):
-        self.root, self.opened, self.spacings = Path(root), None, None
+        self.root, self.spacings = Path(root), None
         if not self.root.is_dir():
             raise InputError(f"{root}: no such folder; give the one that holds train_npz and test_vol_h5 "
                              "with --data DIR (docs/data.md: how to get it)")
@@ -38,12 +39,6 @@ class Synapse:
             self.items = [item for case in cases for item in self.volume_items(case)]
         else:
             self.items = self.train_or_val(split)
-
-    def __len__(self):
-        return len(self.items)
-
-    def case(self, i):
-        return self.items[i][0]
 
     def key(self, i):
         return f"{self.items[i][0]}_slice{self.items[i][1]:03d}"
@@ -68,9 +63,6 @@ class Synapse:
         image, label = self.read_slice(path, number) if path.suffix == ".h5" else read_npz(path)
         image, label = check_slice(image, label, path, len(self.classes))
         return from_labels(np.asarray(image, np.float32), label, self.classes, "ct")
-
-    def __getstate__(self):
-        return {**self.__dict__, "opened": None}  # an open HDF5 file cannot be pickled; every process opens its own
 
     def listed(self, kind):
         """(the list's path, its sorted names without suffixes), or (None, []) where there is no such list."""
