@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, read_text, visible
+from readers.folder import hold_out
 from readers.pictures import SUFFIXES, from_labels, read_image, read_mask, split_cases
 
 
@@ -32,8 +33,7 @@ class Kvasir:
             if neither:
                 self.problems.append(f"{self.root / 'images' / self.files[neither[0]]}, one of {len(neither)} that "
                                      "neither train.txt nor test.txt names: is not used; add it to one of them")
-            val = split_cases(train, "val") or train[:1]
-            self.items = dict(test=test, val=val, train=sorted(set(train) - set(val)))[split]
+            self.items = (hold_out(train) | dict(test=test))[split]
         else:
             self.items = split_cases(self.files, split)
         if not self.items:

@@ -144,12 +144,12 @@ def synapse_pairs(raw):
                          "RawData/Training; give the folder that the challenge's RawData.zip was unpacked to")
     pairs = {}
     for number in sorted(numbers):
-        names = {kind: f"{kind}{number}" for kind in ("img", "label")}
-        pairs[number] = tuple(find(folder / kind, name) for kind, name in names.items())
-        for path, other, (kind, name) in zip(pairs[number], pairs[number][::-1], names.items()):
-            if path is None:
-                raise InputError(f"{folder / kind / name}.nii.gz: missing, but {other} is there; unpack the "
-                                 "challenge's Training folder again, which holds both, or take that file away")
+        image, label = (find(folder / kind, f"{kind}{number}") for kind in ("img", "label"))
+        if not (image and label):
+            missing = folder / (f"label/label{number}" if image else f"img/img{number}")
+            raise InputError(f"{missing}.nii.gz: missing, but {image or label} is there; unpack the challenge's "
+                             "Training folder again, which holds both, or take that file away")
+        pairs[number] = image, label
     return pairs
 
 
