@@ -49,16 +49,17 @@ class Demo:
 # Drawing
 
 # name: centre (x, y) in fractions of the body's half axes, half axes in pixels of the 256 grid, degrees, brightness,
-# strength of the texture. Radiological convention: the patient's right is on the image's left. Later ones lie in front.
+# strength of the texture; rough, notch and bend of blob(). Radiological convention: the patient's right is on the
+# image's left. Later ones lie in front.
 DRAWN = {
-    "spleen": ((0.70, 0.16), (14, 31), 12, 0.57, 0.02),
-    "liver": ((-0.52, -0.08), (42, 45), 8, 0.55, 0.025),
-    "right kidney": ((-0.43, 0.42), (17, 22), 14, 0.62, 0.03),
-    "left kidney": ((0.42, 0.40), (17, 22), -14, 0.62, 0.03),
-    "stomach": ((0.36, -0.40), (34, 21), 18, 0.38, 0.05),
-    "pancreas": ((0.10, -0.03), (38, 8), -12, 0.49, 0.07),
-    "aorta": ((0.07, 0.29), (8.5, 8.5), 0, 0.66, 0.01),
-    "gallbladder": ((-0.22, 0.06), (11, 8), 60, 0.33, 0.01),
+    "spleen": ((0.70, 0.16), (14, 31), 12, 0.57, 0.02, 0.12, None, 0.22),
+    "liver": ((-0.52, -0.08), (42, 45), 8, 0.55, 0.025, 0.12, None, 0),
+    "right kidney": ((-0.43, 0.42), (17, 22), 14, 0.62, 0.03, 0.12, (-15, 0.35), 0),
+    "left kidney": ((0.42, 0.40), (17, 22), -14, 0.62, 0.03, 0.12, (195, 0.35), 0),
+    "stomach": ((0.36, -0.40), (34, 21), 18, 0.38, 0.05, 0.16, None, 0),
+    "pancreas": ((0.10, -0.03), (38, 8), -12, 0.49, 0.07, 0.2, None, 0.3),
+    "aorta": ((0.07, 0.29), (8.5, 8.5), 0, 0.66, 0.01, 0.03, None, 0),
+    "gallbladder": ((-0.22, 0.06), (11, 8), 60, 0.33, 0.01, 0.06, None, 0),
 }
 
 
@@ -169,18 +170,14 @@ def draw(rng, classes, overlap, contrast, size):
     behind = draw_body(rng, at, scale)
     front, label = behind.copy(), np.zeros((256, 256), np.uint8)
     phase = rng.normal(0, 0.03)  # how much contrast medium has arrived
-    for name, ((x, y), axes, degrees, value, grain) in DRAWN.items():
+    for name, ((x, y), axes, degrees, value, grain, rough, notch, bend) in DRAWN.items():
         # an organ draws from a generator of its own: the options change nothing but what they say
         own = np.random.default_rng(rng.integers(2 ** 62))
         here = own.random() > 0.15
         x, y = np.array([x, y]) * (1.06 - 0.4 * overlap) + np.array([0, 0.06]) * overlap + own.normal(0, 0.035, 2)
         axes = np.array(axes) * scale * size * np.exp(own.normal(0, 0.09, 2))
         degrees, value = degrees + tilt + own.normal(0, 8), value + phase + own.normal(0, 0.03)
-        notch = {"right kidney": (-15, 0.35), "left kidney": (195, 0.35)}.get(name)
-        bend = {"pancreas": 0.3, "spleen": 0.22}.get(name, 0) * own.uniform(0.6, 1.3)
-        rough = {"aorta": 0.03, "gallbladder": 0.06, "pancreas": 0.2, "stomach": 0.16}.get(name, 0.12)
-        window, depth = blob(own, at(x, y)[:2], axes, degrees, rough, notch, bend)
-        parts = [(window, depth)]
+        parts = [blob(own, at(x, y)[:2], axes, degrees, rough, notch, bend * own.uniform(0.6, 1.3))]
         if name == "liver":  # the left lobe, a tongue across the midline
             lobe = axes * (0.85, 0.36)
             parts.append(blob(own, at(x + 0.36 * size, y - 0.36 * size)[:2], lobe, degrees - 24, 0.12))
