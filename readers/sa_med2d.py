@@ -228,8 +228,8 @@ class Indexer:
         self.groups = {}  # (source, modality) -> number, the numbers of its suffixes
         self.cases, self.sources = {}, defaultdict(list)  # case -> number, source -> cases that are yet to be split
         self.held = 0  # the first so many cases are TEST's, and TRAIN may not have them
-        self.batches, self.seen = [], set()  # (rows, their cases' numbers); hashes of the images' stems
-        self.rows, self.row_cases = [], []  # of the next batch
+        self.batches, self.rows = [], []  # rows with the numbers of their cases; those of the next batch
+        self.seen = set()  # hashes of the images' stems
 
     def problem(self, text):
         self.count += 1
@@ -301,8 +301,7 @@ class Indexer:
             numbers = list(dict.fromkeys(self.number_mask(mask, stem) for mask in masks))  # each once
             group, found = self.groups.setdefault((source, modality), (len(self.groups), set()))
             found.update(numbers)
-            self.rows.append(dict(name=name, group=group, masks=numbers))
-            self.row_cases.append(self.cases[case])
+            self.rows.append(dict(name=name, group=group, masks=numbers, case=self.cases[case]))
             if len(self.rows) == CHUNK:
                 self.pack()
 
@@ -312,9 +311,9 @@ class Indexer:
 
     def pack(self):
         """The rows so far become a batch."""
-        batch = pa.RecordBatch.from_pylist(self.rows, schema=COLUMNS)
-        self.batches.append((batch, np.array(self.row_cases, np.uint32)))
-        self.rows, self.row_cases = [], []
+        schema = COLUMNS.append(pa.field("case", pa.uint32()))
+        self.batches.append(pa.RecordBatch.from_pylist(self.rows, schema))
+        self.rows = []
 
     def number_mask(self, path, stem):
         """-> the number of the suffix of a mask's name, LEFT_OUT if it has none."""
@@ -346,7 +345,7 @@ class Indexer:
     def write(self):
         """The index's file, from all that was read."""
         places = self.split()
-        batches = [(rows, places[case]) for rows, case in self.batches]
+        batches = [(rows.select(COLUMNS.names), places[rows["case"].to_numpy()]) for rows in self.batches]
         lengths = sum(np.bincount(place, minlength=len(SPLITS)) for _, place in batches).tolist()
         groups = [[*group, sorted({self.suffixes[number][1] for number in found} - {None})]
                   for group, (_, found) in self.groups.items()]
