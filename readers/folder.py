@@ -88,7 +88,7 @@ class Folder(Listed):
         if both := sorted(set(parts["train"]) & set(parts["test"])):
             raise InputError(f"{self.root / 'imagesTs'}: holds {both[0]}, which is trained on as well; take it away, "
                              "or rename it if it is another patient")
-        return sorted(parts[split])
+        return sorted(set(parts[split]))  # a case that is named twice counts once
 
     def cases(self, kind):
         """The names of the cases in images`kind`, sorted; of "Ts" those with a label."""
@@ -220,7 +220,7 @@ class Folder(Listed):
 def read_classes(labels, path):
     """-> ({class: set of its ids}, the id of "ignore" or None), of "labels" in dataset.json: {name: id or list of ids};
     in that of nnU-Net's first version {id: name}."""
-    if isinstance(labels, dict) and all(map(str.isdigit, labels)):
+    if isinstance(labels, dict) and all(map(str.isdecimal, labels)):
         labels = {str(name): int(key) for key, name in labels.items()}
     ids = {name: value if isinstance(value, list) else [value]
            for name, value in (labels.items() if isinstance(labels, dict) else ())}

@@ -190,7 +190,7 @@ def test_old_dataset_json_and_its_mistakes(tmp_path):
                                                                    "3": "tumor"})))
     assert open_().source.pairs == (("spleen", "mr"), ("liver", "mr"), ("tumor", "mr"))
     for labels in (None, [], {}, {"background": 0}, {"a": 0.5}, {"a": -1}, {"a": 256}, {"a": "x"}, {"a": [1, 0]},
-                   {"a": []}, {"a": True}, {"a": 1, "ignore": 1}, 7, {"a": None}):
+                   {"a": []}, {"a": True}, {"a": 1, "ignore": 1}, 7, {"a": None}, {"²": "a"}):
         fails(open_, describe(tmp_path, labels), '"labels"')
     fails(open_, describe(tmp_path, ending=".mha"), ".mha", "convert")
     describe(tmp_path, ending=".png")
@@ -263,6 +263,8 @@ def test_bad_splits(tmp_path):
                          ([dict(train=[["casea"]], val=["casec"])], "damaged"), (None, "damaged")):
         path.write_text(json.dumps(folds) if folds != "" else "")
         fails(lambda: open_dataset("folder", tmp_path, "train", 32), path, words)
+    path.write_text(json.dumps([dict(train=["casea", "caseb", "caseb"], val=["casec", "casec"])]))
+    assert cases(open_dataset("folder", tmp_path, "test", 32)) == ["casec"]  # named twice, counted once
     path.write_text(json.dumps(good))
     fails(lambda: open_dataset("folder", tmp_path, "train", 32, fold=4), "--fold 4", "0 to 0")
     fails(lambda: open_dataset("kvasir", tmp_path, "train", 32, fold=0), "fold")
