@@ -21,6 +21,7 @@ data.py can treat them alike:
 
 Nothing is ever unpickled.
 """
+from common import InputError
 
 
 class Listed:
@@ -35,3 +36,11 @@ class Listed:
 
     def __getstate__(self):
         return {**self.__dict__, "opened": None}  # every process opens its own
+
+
+def check_spacing(mm, case, path, remedy):
+    """The mm between a case's voxels, as the JSON file at `path` has them; InputError unless they are three."""
+    numbers = isinstance(mm, list) and len(mm) == 3 and all(isinstance(n, (int, float)) for n in mm)
+    if not (numbers and all(0 < n < 1000 for n in mm)):
+        raise InputError(f"{path}: {case} has the spacing {mm}, which are no three numbers of mm; {remedy}")
+    return mm

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, read_json
-from readers import Listed
+from readers import Listed, check_spacing
 from readers.pictures import SMALLEST, from_labels, split_cases, without_small
 
 
@@ -56,7 +56,7 @@ class KiTS19(Listed):
 
     def spacing(self, case):
         """(z, y, x) in mm."""
-        return self.records[case][1]
+        return check_spacing(self.records[case][1], case, self.root / case / "case.json", AGAIN)
 
     def key(self, i):
         case, axis, number = self.items[i]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, read_json, read_text, visible
-from readers import Listed
+from readers import Listed, check_spacing
 from readers.pictures import from_labels
 
 # TransUNet's ids 1..8, in order; 0 is background
@@ -53,10 +53,7 @@ class Synapse(Listed):
         if self.spacings is None:
             self.spacings = read_json(path, remedy) if path.is_file() else {}
         mm = self.spacings.get(case)
-        numbers = isinstance(mm, list) and len(mm) == 3 and all(isinstance(n, (int, float)) for n in mm)
-        if mm is not None and not (numbers and all(0 < n < 1000 for n in mm)):
-            raise InputError(f"{path}: {case} has the spacing {mm}, which are no three numbers of mm; {remedy}")
-        return mm
+        return None if mm is None else check_spacing(mm, case, path, remedy)
 
     def read(self, i):
         _, number, path = self.items[i]

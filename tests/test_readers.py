@@ -163,6 +163,11 @@ def test_a_damaged_spacing_is_named(tmp_path):
         assert source.spacing("case0028") is None
     path.write_text('{"case0010": [3.0, 0.8, 0.7]}')
     assert open_dataset("synapse", tmp_path, "val", 64).source.spacing("case0010") == [3.0, 0.8, 0.7]
+    kits19(tmp_path)
+    for path in tmp_path.glob("case_*/case.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(spacing="abc")))
+    volumes = open_dataset("kits19", tmp_path, "val", 64, axes="z")
+    fails(lambda: volumes.source.spacing(volumes.case(0)), "case.json", "three numbers", "prepare the case again")
 
 
 @pytest.mark.parametrize("seed", range(8))
