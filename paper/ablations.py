@@ -132,8 +132,9 @@ def report(chosen, seeds, out):
 
 def mean_difference(row, full):
     """{seed: eval.json} of two rows -> the difference of their mean strict Dice, over the seeds that both have."""
-    dice = [[each[seed]["table"]["mean"]["dice_strict"] for seed in row.keys() & full.keys()] for each in (row, full)]
-    return float(np.mean(dice[0]) - np.mean(dice[1])) if dice[0] else float("nan")
+    dice = np.array([[each[seed]["table"]["mean"]["dice_strict"] for seed in row.keys() & full.keys()]
+                     for each in (row, full)], float)  # None, where nothing was to be found, is NaN
+    return float(np.subtract(*dice.mean(1))) if dice.size else float("nan")
 
 
 def interval(row, full):

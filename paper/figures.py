@@ -191,7 +191,8 @@ def main():
     args = parser.parse_args()
     path, more = args.out or f"{args.what}.png", (args.tables,) if args.what == "figure6" else ()
     make_folder(Path(path).parent)
-    print(functions[args.what](read_evaluations(args.evaluations), path, *more) + f"\nwrote {path}")
+    evaluations = read_evaluations(args.evaluations, several_points=args.what == "figure6")
+    print(functions[args.what](evaluations, path, *more) + f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m paper.tables table1 MedSeg-R=x-box.json MedSeg-R=x-point.json SAM=sam-box.json SAM=sam-point.json
     python -m paper.tables table2 MedSeg-R=x-none.json
 
-An evaluation is LABEL=FILE, a file that eval.py --json wrote; one label may have several prompts or numbers of points.
-Tables 3 to 6 are trained by eval.py --tables (ablations.py), table 7 is measured by bench.py speed.
+An evaluation is LABEL=FILE, a file that eval.py --json wrote; one label may have several prompts and, in
+figure 6, several numbers of points. Tables 3 to 6 are trained by eval.py --tables (ablations.py), table 7 is measured by bench.py speed.
 """
 from pathlib import Path
 
@@ -20,9 +20,10 @@ MODALITIES = NUMBERS["table1"]["columns"][:-1]
 SA_MED2D_IMAGES = 900_000  # a fifth of SA-Med2D-20M, the paper's test images
 
 
-def read_evaluations(items):
-    """["LABEL=FILE"] -> [(label, what eval.py wrote, its "volumes" and "targets" as DataFrames)]."""
-    found, remedy = [], "not written by eval.py --json, or by an older one; evaluate again"
+def read_evaluations(items, several_points=False):
+    """["LABEL=FILE"] -> [(label, what eval.py wrote, its "volumes" and "targets" as DataFrames)]. several_points: a
+    label may have a prompt's evaluation for each number of points."""
+    found, keys, remedy = [], set(), "not written by eval.py --json, or by an older one; evaluate again"
     for item in items:
         label, _, path = item.partition("=")
         if not path:
@@ -30,9 +31,17 @@ def read_evaluations(items):
         evaluation = read_json(path, remedy)
         try:
             evaluation["table"]["mean"], evaluation["targets"]["image"], evaluation["prompt"]
-            evaluation |= {rows: pd.DataFrame(evaluation[rows] or {}) for rows in ("volumes", "targets")}
+            for rows in ("volumes", "targets"):
+                table = pd.DataFrame(evaluation[rows] or {})
+                # columns of which no row has a number were left out
+                evaluation[rows] = table.assign(**dict.fromkeys({"dice_strict", "area", "overlap"} - {*table}, np.nan))
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: {remedy}") from None
+        key = label, evaluation["prompt"], evaluation.get("points") if several_points else None
+        if key in keys:
+            raise InputError(f"{item}: {label} has another file with prompt {evaluation['prompt']}, and one of them is "
+                             "shown; give each a label of its own")
+        keys.add(key)
         found.append((label, evaluation))
     return found
 

@@ -199,6 +199,7 @@ def test_rows_are_compared_over_the_seeds_that_both_have():
     assert ablations.mean_difference(of(s0=0.5), of(s0=0.6, s1=0.2)) == pytest.approx(-0.1)
     assert ablations.mean_difference(of(s0=0.5, s1=0.3, s2=0.9), of(s0=0.6, s1=0.2)) == pytest.approx(0.0)
     assert np.isnan(ablations.mean_difference(of(s2=0.5), of(s0=0.6)))
+    assert np.isnan(ablations.mean_difference(of(s0=None), of(s0=0.6)))
 
 
 def evaluation(path, rows, table=None, **about):
@@ -267,6 +268,25 @@ def test_figures(crowded, tmp_path):
         assert pixels.shape[1] > 400 and 0.005 < (pixels < 128).mean() < 0.5
     fails(lambda: figures.figure6([], tmp_path / "6.png", None), "--tables")
     fails(lambda: figures.figure6([], tmp_path / "6.png", tmp_path / "none.json"), "none.json")
+
+
+def test_an_evaluation_without_a_structure_has_no_numbers(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(dict(
+        dataset="demo", split="test", prompt="box", points=1, images=1, table=dict(mean=dict(dice_strict=None)),
+        volumes=None, targets=dict(image=[], case=[], target=[], modality=[]))))
+    evaluations = tables.read_evaluations([f"x={path}"])
+    assert "| x | - |" in tables.table1(evaluations)
+    assert "| x, box | - | - | 0 | - | - | 0 |" in figures.figure3(evaluations, tmp_path / "3.png")
+    fails(lambda: figures.figure4(evaluations, tmp_path / "4.png"), "no evaluation to draw")
+
+
+def test_a_label_has_one_evaluation_of_a_prompt(tmp_path):
+    rows = [("i", "c", "liver", "ct", 0.5, 0.1, 0.0)]
+    one, three = (evaluation(tmp_path / f"{n}.json", rows, prompt="point", points=n).split("=")[1] for n in (1, 3))
+    fails(lambda: tables.read_evaluations([f"x={one}", f"x={three}"]), three, "label of its own")
+    assert len(tables.read_evaluations([f"x={one}", f"x={three}"], several_points=True)) == 2
+    fails(lambda: tables.read_evaluations([f"x={one}", f"x={one}"], several_points=True), one, "label of its own")
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"table": {"mean": 1}}'])
