@@ -161,7 +161,8 @@ def synapse_files(out, case, grid):
 
 
 def synapse_complete(out, case, image, label):
-    """Whether just these are there, and hold a volume of this shape: files appear whole, so the first speaks for all."""
+    """Whether just these are there, and hold a volume of this shape: files appear whole, so the first speaks for
+    all."""
     paths, test = synapse_files(out, case, image), case[4:] in TEST_CASES
     if sorted([*out.glob(f"test_vol_h5/{case}.npy.h5"), *out.glob(f"train_npz/{case}_slice*.npz")]) != paths:
         return False
