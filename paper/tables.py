@@ -4,8 +4,9 @@
     python -m paper.tables table1 MedSeg-R=x-box.json MedSeg-R=x-point.json SAM=sam-box.json SAM=sam-point.json
     python -m paper.tables table2 MedSeg-R=x-none.json
 
-An evaluation is LABEL=FILE, a file that eval.py --json wrote; one label may have several prompts and, in
-figure 6, several numbers of points. Tables 3 to 6 are trained by eval.py --tables (ablations.py), table 7 is measured by bench.py speed.
+An evaluation is LABEL=FILE, a file that eval.py --json wrote; one label may have several prompts and,
+in figure 6, several numbers of points. Tables 3 to 6 are trained by eval.py --tables (ablations.py), table 7 is
+measured by bench.py speed.
 """
 from pathlib import Path
 

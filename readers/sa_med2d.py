@@ -157,8 +157,6 @@ def describe(stem):
 
 def stamp(root):
     """What the index depends on, as it lies in the index: [VERSION, [name, bytes, mtime in ns] of each JSON file]."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the one that holds images/ and masks/ with --data DIR")
     names = [name for name in (ORIGINAL, TEST, TRAIN, CLASS_IDS) if (root / name).is_file()]
     if not {ORIGINAL, TEST, TRAIN} & set(names):
         raise InputError(f"{root}: holds neither {ORIGINAL} nor {TRAIN} or {TEST}; is it the folder with images/ and "

@@ -31,9 +31,6 @@ class Synapse(Listed):
 
     def __init__(self, root, split):
         self.root, self.spacings = Path(root), None
-        if not self.root.is_dir():
-            raise InputError(f"{root}: no such folder; give the one that holds train_npz and test_vol_h5 "
-                             "with --data DIR (docs/data.md: how to get it)")
         if split == "test":
             cases = self.named("test_vol", "test_vol_h5", ".npy.h5")
             self.items = [item for case in cases for item in self.volume_items(case)]
