@@ -88,6 +88,10 @@ def run_row(folder, seed, flags, data_flags, eval_flags, train_flags):
 def run_tables(tables, seeds, out, data_flags, eval_flags, train_flags):
     """Trains and evaluates what is missing, row by row and seed by seed, and writes OUT/tables.json and tables.md."""
     chosen, out = read_rows(tables), Path(out)
+    for flag in (*train_flags, *(flag for rows in chosen.values() for flags in rows.values() for flag in flags)):
+        if flag.partition("=")[0] in ("--seed", "--out"):
+            raise InputError(f"{flag}: every row has a folder and seeds of its own; leave it out, and give --seeds, or "
+                             "--out before the --")
     make_folder(out)
     settings = json.dumps(dict(data=data_flags, evaluation=eval_flags, training=train_flags), indent=1)
     path = out / "settings.json"

@@ -181,6 +181,13 @@ def test_bad_rows_are_named(content, tmp_path):
     fails(lambda: ablations.read_rows([str(tmp_path / "rows.json")]), "rows.json", "--lr")
 
 
+@pytest.mark.parametrize("flags", [["--seed", "3"], ["--out=x"]])
+def test_what_every_row_has_of_its_own_is_refused(flags, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"mine": flags}))
+    fails(lambda: ablations.run_tables([str(tmp_path / "rows.json")], [0], tmp_path, [], [], []), flags[0], "--seeds")
+    fails(lambda: ablations.run_tables(["5"], [0], tmp_path, [], [], flags), flags[0], "--seeds")
+
+
 def test_a_real_row(tmp_path):
     """One step of training and three images, through the scripts themselves."""
     ablations.run_tables(["baselines"], [0], tmp_path, ["--dataset", "demo", "--cache", "none"], ["--limit", "3"],
