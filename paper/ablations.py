@@ -10,6 +10,7 @@ times at once, on one machine or on several that share OUT: each takes rows that
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,7 @@ OFF = ("--branches", "sam")  # SAM with its decoder tuned: no text, no stage
 def subsets(names, *flags):
     """{row: flags of train.py} of all subsets but the empty one, in the paper's order: one, two, all three, which is
     the full model and needs no flag."""
-    a, b, c = names
-    chosen = [(a,), (b,), (c,), (a, b), (a, c), (b, c)]
+    chosen = [*combinations(names, 1), *combinations(names, 2)]
     return {"+".join(x): tuple(part for flag in flags for part in (flag, *x)) for x in chosen} | {"+".join(names): ()}
 
 

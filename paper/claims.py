@@ -116,10 +116,7 @@ def choose_slices(present, n, seed=0):
     order = seeded("slices", seed).permutation([i for i, names in present.items() if names]).tolist()
     times, found = {name: 0 for names in present.values() for name in names}, []
     while order and len(found) < n:
-        for rarest in sorted(times, key=times.get):
-            image = next((i for i in order if rarest in present[i]), None)
-            if image is not None:
-                break
+        image = next(i for rarest in sorted(times, key=times.get) for i in order if rarest in present[i])
         chosen = sorted(present[image], key=times.get)[:CHANGED]
         times.update({name: times[name] + 1 for name in chosen})
         order.remove(image)
