@@ -24,6 +24,9 @@ NOTES = (".txt", ".md", ".xml", ".json", ".pdf", ".csv", ".tsv", ".html", ".htm"
 OF = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "ultrasound", "CR": "x-ray", "DX": "x-ray", "MG": "x-ray",
       "XA": "x-ray", "RF": "x-ray", "ES": "endoscopy", "OP": "fundus", "DMS": "dermoscopy"}  # DICOM's Modality -> ours
 UNSAID = ("", "CT", "OT", "SC")  # what an image may name itself where it is taken for CT: the last two are anything
+# of which a series has one, and what it is of where it has several
+ONE = {"PatientID": "patients", "StudyInstanceUID": "studies", "FrameOfReferenceUID": "frames of reference",
+       "Modality": "modalities"}
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
 # what is wrong with a file and does not matter is not told; what does becomes our one line
@@ -39,6 +42,7 @@ class Slice:
     frames: int
     series: str  # SeriesInstanceUID
     label: str  # SeriesNumber
+    own: tuple  # its values of ONE
     description: str
     modality: str  # one of ours, or DICOM's
     shape: tuple  # rows, columns
@@ -94,7 +98,8 @@ def is_image(head):
 def text(head, name):
     """An attribute as a string, "" where there is none or none that can be read."""
     try:
-        return str(head.get(name) or "").strip()
+        value = head.get(name)
+        return str(value if value or value == 0 else "").strip()
     except Exception:
         return ""
 
@@ -163,7 +168,7 @@ def read_slices(path):
                     numbers(where, measures + [head], "PixelSpacing", 2, lambda found: found.min() > 0)]
         found.append(Slice(
             path, frame, frames, text(head, "SeriesInstanceUID"), text(head, "SeriesNumber"),
-            text(head, "SeriesDescription"), modality, shape, palette or samples > 1, *geometry,
+            tuple(text(head, name) for name in ONE), text(head, "SeriesDescription"), modality, shape, palette or samples > 1, *geometry,
             one("SliceThickness", None, measures + [head]) or one("SpacingBetweenSlices", None, measures + [head]),
             one("RescaleSlope", None, scale + [head], lambda x: x != 0), one("RescaleIntercept", None, scale + [head]),
             head if text(head, "ModalityLUTSequence") else None,
@@ -222,15 +227,14 @@ def find_slices(path, series):
     if not found:
         raise InputError(f"{path}: holds no DICOM image; give the folder of one series, or the file of an image")
     each = {}
-    for one in found:
-        each.setdefault(one.series, []).append(one)
-    chosen = [name for name, slices in each.items() if series in (None, name, slices[0].label)]
+    for one in found:  # the UID, and where it was taken away the number, tells series apart
+        each.setdefault((one.series, one.label), []).append(one)
+    chosen = [names for names in each if series in (None, *names)]
     if len(chosen) == 1:
         return each[chosen[0]]
-    labels = Counter(slices[0].label for slices in each.values())
-    there = ", ".join(f"{one[0].label if one[0].label and labels[one[0].label] == 1 else name} ({one[0].description} "
-                      f"{one[0].modality}, {len(one)} of {one[0].shape[0]} x {one[0].shape[1]})"
-                      for name, one in each.items())
+    labels = Counter(label for _, label in each)
+    there = ", ".join(f"{label if label and labels[label] == 1 else name} ({one[0].description} {one[0].modality}, "
+                      f"{len(one)} of {one[0].shape[0]} x {one[0].shape[1]})" for (name, label), one in each.items())
     raise InputError((f"--series {series}: {path} has {'several' if chosen else 'none'} of this number or UID, but "
                       if series else f"{path}: holds {len(each)} series; choose one with --series: ") + there)
 
@@ -244,6 +248,15 @@ def alike(slices, name, values, tolerance):
         raise InputError(f"{slices[odd]}: its {name} is {np.round(values[odd], 4).tolist()}, that of the other slices "
                          f"{np.round(usual, 4).tolist()}; give slices of one series, of one orientation and size")
     return usual
+
+
+def check_one(path, slices):
+    """InputError if a series has slices of several patients and the like: their places have nothing in common."""
+    for (name, several), values in zip(ONE.items(), zip(*(s.own for s in slices))):
+        other = next((s for s, value in zip(slices, values) if value != values[0]), None)
+        if other:
+            raise InputError(f"{path}: has slices of several {several} in one series ({other.path.name} has another "
+                             f"{name} than {slices[0].path.name}); give each a folder of its own")
 
 
 def check_scale(slices):
@@ -325,8 +338,8 @@ def read_image(one, window, modality):
         return np.rint(np.clip(stored, 0, top) * (255 / top)).astype(np.uint8), None, None
     values = values_of(one, stored)
     if one.bits <= 8 and one.modality != "ct" and one.lut is None and not window:  # drawn as it is to be seen
-        low = one.intercept or 0.0
-        window = sorted((low, low + top * (one.slope or 1.0)))
+        ends = np.array([0, top]) - (top + 1) // 2 * (stored.dtype.kind == "i")
+        window = sorted((ends * (one.slope or 1.0) + (one.intercept or 0.0)).tolist())
     window = choose_window(window, modality, some(values, values.size), one.path, one.modality)
     return np.repeat(shown(one, values, window)[..., None], 3, 2), None, window
 
@@ -381,9 +394,10 @@ def read_dicom(path, window, modality, series=None, frame=None, most=None, say=N
         if lacking:
             raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series "
                              "as the scanner sent it, or an image alone")
+    check_one(path, slices)
     check_scale(slices)
-    if most:
-        return read_values(Path(path), slices, fit(slices))
     if len(slices) == 1 and not first.thickness and say:
         say(f"{path}: has no SliceThickness; 1 mm is assumed for ml")
+    if most:
+        return read_values(Path(path), slices, fit(slices))
     return read_volume(Path(path), slices, fit(slices), window, modality)

@@ -19,8 +19,7 @@ from common import InputError
 from readers.dicom import load, text
 from readers.volumes import along_file
 
-SAME = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")  # in all slices
-OWN = ("SOPClassUID", "SOPInstanceUID")  # of each file
+NAMED = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
            "StudyTime", "ReferringPhysicianName")  # may be empty
 ANATOMY = {code.meaning.lower(): code for code in (getattr(codes.cid7192, name) for name in codes.cid7192.dir())}
@@ -89,11 +88,9 @@ def read_sources(grid):
     seen = set()
     for s in {s.path: s for s in grid.slices}.values():
         head = heads[s.path]
-        for name in SAME + OWN:
+        for name in NAMED:
             if not text(head, name):
                 raise InputError(f"{s.path}: has no {name}, which a segmentation has to name; {REMEDY}")
-            if name in SAME and text(head, name) != text(one, name):
-                raise InputError(f"{s.path}: its {name} is not that of {first.path.name}; {REMEDY}")
         if text(head, "SOPInstanceUID") in seen:
             raise InputError(f"{s.path}: another slice has its SOPInstanceUID; {REMEDY}")
         seen.add(text(head, "SOPInstanceUID"))

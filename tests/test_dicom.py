@@ -258,6 +258,25 @@ def test_several_series(tmp_path):
         fails(lambda: read_dicom(folder, WIDE, "ct", wrong), f"--series {wrong}", "1.2.8 (")
 
 
+@pytest.mark.parametrize("name, several", dicom.ONE.items())
+def test_slices_of_several_in_one_series(name, several, tmp_path):
+    """Patients, say, whose slices would make one volume; the two files tell what differs."""
+    folder = series(tmp_path / "s", **{name: lambda z: ("CT", "PT")[z % 2] if name == "Modality" else f"1.{z % 2}"})
+    for most in (None, 10 ** 6):
+        fails(lambda: read_dicom(folder, WIDE, "ct", most=most), f"{folder}: has slices of several {several}", "001.dcm",
+              f"another {name} than 000.dcm", "folder of its own")
+
+
+@pytest.mark.parametrize("uid", (..., "1.2.3"))
+def test_series_that_their_number_alone_tells_apart(uid, tmp_path):
+    """Without their UIDs, or with one for both: of slices that would make one volume."""
+    folder = series(tmp_path / "s", SeriesInstanceUID=uid, SeriesNumber=lambda z: z // 3)
+    fails(lambda: read_dicom(folder, WIDE, "ct"), folder, "2 series", "--series: 0 ( ct, 3 of 5 x 7), 1 (")
+    for number in (0, 1):
+        found = read_dicom(folder, WIDE, "ct", f"{number}")[0]
+        assert np.array_equal(found, gray(HU[3 * number:][:3], WIDE))
+
+
 def item(**values):
     d = Dataset()
     for name, value in values.items():
@@ -329,10 +348,11 @@ def test_a_single_slice_without_thickness(tmp_path):
             (1, {}, 2.5), (1, dict(SliceThickness=..., SpacingBetweenSlices=b"4 "), 4),
             (2, dict(SliceThickness=...), 2.5))):
         folder = series(tmp_path / str(n), HU[:count], **change)
-        said = []
-        _, grid, _ = read_dicom(folder, WIDE, "ct", say=said.append)
-        assert grid.spacing[0] == pytest.approx(thick)
-        assert said == [f"{folder}: has no SliceThickness; 1 mm is assumed for ml"] * (thick == 1)
+        for most in (None, 10 ** 6):
+            said = []
+            _, grid, _ = read_dicom(folder, WIDE, "ct", most=most, say=said.append)
+            assert grid.spacing[0] == pytest.approx(thick)
+            assert said == [f"{folder}: has no SliceThickness; 1 mm is assumed for ml"] * (thick == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,6 +445,8 @@ def test_images(tmp_path):
     assert np.abs(image.astype(int) - rgb).max() <= 1
     image, _, window = read(byte, Modality="US")
     assert np.array_equal(image, np.repeat(byte[..., None], 3, 2)) and tuple(window) == (0, 255)
+    image, _, window = read(byte.view(np.int8) ^ -128, Modality="US")  # signed numbers
+    assert np.array_equal(image[..., 0], byte) and tuple(window) == (-128, 127)
     image, _, _ = read(byte, Modality="CR", PhotometricInterpretation="MONOCHROME1")
     assert np.array_equal(image[..., 0], 255 - byte)
     deep = rng.integers(100, 4000, (60, 70), np.uint16)
