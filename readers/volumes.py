@@ -214,7 +214,7 @@ def unit(values, window):
     low, high = window
     with np.errstate(over="ignore"):  # beyond float32 is beyond any window
         values = values.astype(np.float32)
-    return (np.nan_to_num(np.clip(values, low, high), nan=low) - low) / max(high - low, 1e-6)
+    return (np.nan_to_num(np.clip(values, low, high), nan=low) - low) / max(high - low, 1e-30)
 
 
 def gray(values, window):

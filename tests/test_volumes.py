@@ -133,6 +133,8 @@ def test_windows(tmp_path):
     image[3, 3, 3] = 1e30
     low, high = read(image)
     assert 200 < low < 300 < 700 < high < 800
+    tiny = np.linspace(0, 3e-9, 4096, dtype=np.float32).reshape(16, 16, 16)  # diffusion in m2/s
+    assert abs(gray(tiny, read(tiny)).mean() - 127.5) < 1
     fails(lambda: read(np.full((8, 8, 8), 7, np.int16)), path, "every value is 7")
     small = np.zeros((64, 64, 64), np.int16)
     small[5:9, 5:9, 5:9] = 300
