@@ -115,6 +115,7 @@ class Scan(NamedTuple):
     pixels: np.ndarray  # uint8 [H,W,3]; of a volume float32 [D,H,W], upright
     grid: Grid | None = None  # of a volume
     window: tuple | None = None  # what is black and white, unless another is chosen
+    assumed: str = ""  # ". ..." what had to be, to read it
 
 
 def placed(folder, number, name):
@@ -154,7 +155,8 @@ def read(paths, series="", modality="ct"):
         raise InputError("There is no file: upload one.")
     name = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} files"
     with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
-        folder = Path(folder)
+        folder, assumed = Path(folder), []
+        as_known = lambda line: re.sub(rf"({re.escape(str(folder))}/)?upload\d+-", "", line).replace(str(folder), name)
         try:
             if len(paths) == 1 and (first_bytes(paths[0])[:2] == b"PK" or name.lower().endswith(".zip")):
                 unpack(paths[0], folder)
@@ -164,14 +166,13 @@ def read(paths, series="", modality="ct"):
             files = list(folder.iterdir())
             path = files[0] if len(files) == 1 else folder
             if path == folder or is_dicom(path):
-                found = read_dicom(path, None, modality, series.strip() or None, most=MOST_VOXELS)
+                found = read_dicom(path, None, modality, series.strip() or None, None, MOST_VOXELS, assumed.append)
             else:
                 found = read_values(path, MOST_VOXELS) if is_nifti(path) else (read_image(path), None, None)
         except InputError as e:
-            said = re.sub(rf"({re.escape(str(folder))}/)?upload\d+-", "", str(e)).replace(str(folder), name)
-            said = re.sub(r"--(series|modality)", r"the field \1", said)
+            said = re.sub(r"--(series|modality)", r"the field \1", as_known(str(e)))
             raise InputError(re.sub(r"(?<!predict.py )--(slice|window)", r"predict.py --\1", said)) from None
-    return Scan(name, *found)
+    return Scan(name, *found, "".join(f". {as_known(line)}" for line in assumed))
 
 
 def described(scan):
@@ -180,7 +181,7 @@ def described(scan):
         return ""
     size = " x ".join(map(str, scan.pixels.shape[:3 if scan.grid else 2]))
     values = "; usual is to show its values from {:g} to {:g}".format(*scan.window) if scan.window else ""
-    return f"{scan.name}: {size}{values}"
+    return f"{scan.name}: {size}{values}{scan.assumed}"
 
 
 @contextmanager
@@ -210,6 +211,14 @@ class Picture(gr.Image):
             return read_image(payload.path)
         except InputError as e:
             raise gr.Error(str(e).replace(payload.path, payload.orig_name or "the image")) from None
+
+
+class Slices(gr.Slider):
+    """gradio's Slider, of whole numbers; while another one is typed, its field is empty: the first."""
+    is_template = True
+
+    def preprocess(self, payload):
+        return super().preprocess(round(payload or 0))
 
 
 def drawn(number=0):
@@ -292,7 +301,7 @@ def find_all(model, scan, window, clicks, name, texts, precision="float32"):
     write_nifti(path, label, scan.grid)
     count, ml = np.count_nonzero(label), abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
     said = f"{name}: {count} voxels, {count * ml:.1f} ml, in {label.any((1, 2)).sum()} of {len(label)} slices"
-    return label, said, str(path)
+    return label, said + scan.assumed, str(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +313,8 @@ def build(model, texts, about, precision="float32"):
     first_modality = texts.modalities(first)[0] or "ct"
 
     def fill(name, modality):
+        if name not in names:  # one's own name, for texts of one's own
+            return gr.skip()
         with told():
             triple = texts(name, modality)
             return [triple[a] for a in ATTRIBUTES]
@@ -317,7 +328,7 @@ def build(model, texts, about, precision="float32"):
             with gr.Column():
                 image = Picture(drawn(), type="numpy", label="image: click points, drag a box", elem_id="image",
                                  sources=["upload", "clipboard"], height=400, buttons=[])
-                z = gr.Slider(0, 1, 0, step=1, label="slice, from the feet", elem_id="slice", visible=False)
+                z = Slices(0, 1, 0, step=1, label="slice, from the feet", elem_id="slice", visible=False)
                 window = gr.Radio(list(WINDOWS), value=USUAL, label="CT's window; the model, too, sees what is shown",
                                   elem_id="window", visible=False)
                 dragged = gr.Textbox(visible="hidden", elem_id="dragged")
@@ -383,7 +394,8 @@ def build(model, texts, about, precision="float32"):
         def on_whole(scan, window, clicks, name, position, texture, shape, progress=gr.Progress(track_tqdm=True)):
             with told():
                 found, line, path = find_all(model, scan, window, clicks, name, (position, texture, shape), precision)
-            return {z: (part > 0, line) for z, part in enumerate(found)}, gr.DownloadButton(value=path, visible=True)
+            return {z: (part > 0, line) for z, part in enumerate(found)}, gr.DownloadButton(
+                f"Download (NIfTI) {line}", value=path, visible=True)
 
         fresh = [scan, clicks, masks, image, z, window, whole, label, said, shown, explained]
         at, seen = [scan, z, window, clicks], [image, shown, said]
@@ -400,8 +412,8 @@ def build(model, texts, about, precision="float32"):
         image.select(on_click, [*at, kind], [clicks, image], **quick)
         dragged.change(on_drag, [*at, dragged], [clicks, image], **quick)
         clear.click(lambda *at: mark(*at, NOTHING), at, [clicks, image], **quick)
-        name.select(fill, [name, modality], boxes)
-        modality.select(fill, [name, modality], boxes)
+        for event in (name.select, name.change, modality.select):  # a name that is typed is not selected
+            event(fill, [name, modality], boxes)
         # then of the slice that is looked at by now
         button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(
             look, [*at, masks], seen, **quick)

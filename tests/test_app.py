@@ -161,6 +161,24 @@ def test_other_uploads(tmp_path):
     assert len(app.read(files, " 3").pixels) == 6
 
 
+def test_what_is_assumed_is_said(small, tmp_path, monkeypatch):
+    """A slice's thickness: of a file and of an archive, by the names that the user knows, and beside the ml."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    file = series(tmp_path / "s", HU[:1], SliceThickness=...) / "000.dcm"
+    for path in (file, packed(tmp_path / "x.zip", [("a/000.dcm", file.read_bytes()), ("b/read me.txt", b"hello")])):
+        scan, line = app.read([path]), "has no SliceThickness; 1 mm is assumed for ml"
+        assert app.described(scan).endswith(f". {path.name}: {line}")
+        said = app.find_all(small, scan, app.USUAL, {}, "x", ("left", "bright", "round"))[1]
+        assert "ml, in " in said and said.endswith(f". {path.name}: {line}")
+    assert "assumed" not in app.described(app.read(list(series(tmp_path / "t").iterdir())))
+
+
+def test_slices_are_whole_numbers():
+    """Also of a half, and of the empty field of one who types another."""
+    slider = app.Slices(0, 9, 0, step=1)
+    assert [slider.preprocess(value) for value in (4, 4.4, None)] == [4, 4, 0] and slider.get_block_name() == "slider"
+
+
 def test_bad_volumes_are_said_in_a_line(tmp_path, monkeypatch):
     """By the names that the user knows; nothing lies outside of the folder, and nothing is left of it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
@@ -351,6 +369,22 @@ def test_points_and_a_box(page):
     new_picture(page, lambda: page.click("#clear"))
 
 
+def test_a_structure_that_is_typed(page):
+    """Has its own texts, as if it had been selected; a name that nobody knows leaves the texts as they are."""
+    field, texts = page.locator("#name input").first, app.Texts("synapse")
+
+    def name(typed, position):
+        field.fill(typed)
+        field.press("Tab")
+        page.wait_for_function(f"document.querySelector('#position textarea').value == {position!r}", timeout=60_000)
+
+    for known in ("spleen", "stomach"):
+        name(known, texts(known, "ct")["position"])
+    name("cyst", texts("stomach", "ct")["position"])
+    name("liver", texts("liver", "ct")["position"])
+    assert page.locator(".toast-body").count() == 0
+
+
 def test_bad_uploads(page, tmp_path):
     away = "[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']"
     page.click(away)
@@ -430,6 +464,7 @@ def test_a_volume(page, tmp_path):
     page.wait_for_selector("#mask >> text=predicting", timeout=60_000)
     page.wait_for_selector("#label", timeout=120_000)
     page.wait_for_function("document.querySelector('#said').innerText.includes('of 5 slices')", timeout=60_000)
+    assert page.inner_text("#said") in page.inner_text("#label")  # also after something else is looked for
     with page.expect_download() as waiting:
         page.click("#label")
     waiting.value.save_as(tmp_path / "label.nii.gz")
