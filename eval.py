@@ -7,6 +7,7 @@ Without a prompt every organ is asked for by its text, and the answers are merge
 box, which are cut from the truth, only the organs that a slice holds are asked for.
 """
 import json
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def parse():
     add("--min-iou", type=number(0, 1), default=0.0,
         help=f"a target's answer counts as none where the model expects a lower IoU of it; predict.py's is {UNSURE}")
     add("--limit", type=int, help="only the first N slices")
-    add("--seed", type=int, default=0, help="of the points and the bootstrap")
+    add("--seed", type=number(0, 2 ** 63 - 1, int), default=0, help="of the points and the bootstrap")
     add("--json", help="write every number to this file")
     add("--plots", help="write overlays to this folder")
     add_model_flags(parser)
@@ -199,6 +200,7 @@ def main():
         print(unused)
     if args.largest_component and not dataset.volumes:
         raise InputError(f"--largest-component: {args.dataset} has no volumes; leave it out")
+    words = json.dumps([texts.classes, list(texts.images.items())])
     if args.text != "own":
         texts = Rephrased(texts, args.text, dataset.source.pairs)
     for folder in (args.json and Path(args.json).parent, args.plots):
@@ -211,7 +213,8 @@ def main():
                  mean_wordings=args.mean_wordings, largest_component=args.largest_component, min_iou=args.min_iou,
                  seed=args.seed, limit=args.limit, step=record.get("step"), precision=args.precision,
                  model=model.describe(), images=len(dataset), **dataset_options(args))
-    settings = about | dict(data=[str(args.data), dataset_fingerprint(dataset)], texts=str(args.texts),
+    settings = about | dict(data=[str(args.data), dataset_fingerprint(dataset)], words=words,
+                            config=asdict(model.config), features=model.features_key(),
                             weights=fingerprint(model.trained()))
     journal = Journal(args.json, rank, json.dumps(settings))
     if rank == 0:

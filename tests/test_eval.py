@@ -49,7 +49,7 @@ def test_lite_medsam_on_real_ct(real_data, tmp_path):
 @pytest.mark.parametrize("flags,named", [
     (["--checkpoint", "out"], "--backbone"), (["--prompt", "none"], "--prompt none"),
     (["--dataset", "brats"], "--dataset brats"), (["--dataset", "synapse", "--data", "/no/data"], "/no/data"),
-    (["--prompt", "lasso"], "--prompt"), (["--points", "0"], "--points"), (["--limit", "x"], "--limit"),
+    (["--prompt", "lasso"], "--prompt"), (["--points", "0"], "--points"), (["--limit", "x"], "--limit"), (["--seed", "-1"], "--seed"),
     (["--split", "dev"], "dev"), (["--json", "/proc/x/y.json"], "/proc/x"), (["--plots", "/proc/x"], "/proc/x"),
     (["--backbone", "vgg"], "--backbone"), (["--precision", "fp8"], "--precision"),
     (["--text", "loud"], "--text"), (["--", "--lr", "1"], "--tables"),
@@ -231,6 +231,26 @@ def test_another_data_set_of_the_same_name_is_evaluated_anew(small, tmp_path, mo
         result, _ = run_eval(monkeypatch, capsys, tmp_path, "--limit", 2, "--size", size)
         assert result["size"] == size
     assert len({journal.key for journal in kept}) == 2 and kept[0].key == kept[2].key != kept[1].key
+
+
+def test_what_was_asked_otherwise_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Other texts in the same file, or another normalisation of the images: other settings of a killed evaluation."""
+    keys = []
+
+    def stop(predictor, dataset, journal, *rest, **more):
+        keys.append(journal.key)
+        raise InputError("enough")
+
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    texts = json.loads((ROOT / "attributes.json").read_text())["synapse"]
+    for words, flags in ((texts, []), (texts, []), (texts | {"liver": texts["spleen"]}, []), (texts, ["--normalize", "sam"])):
+        (tmp_path / "a.json").write_text(json.dumps(dict(demo=words)))
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--checkpoint", "sam", "--light", "--prompt", "box", "--image-size",
+                                          "64", "--limit", "1", "--cache", "none", "--attributes-file",
+                                          str(tmp_path / "a.json"), *flags])
+        with pytest.raises(InputError, match="enough"):
+            evaluation.main()
+    assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
 def test_largest_component_is_for_volumes_and_is_named(small, tmp_path, monkeypatch, capsys, linked):
