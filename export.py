@@ -50,15 +50,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A model with the priors of T targets."""
+    """A model with the priors of T texts."""
 
-    def __init__(self, model, priors):
+    def __init__(self, model, texts):
         super().__init__()
-        self.model, self.priors = model, dense(priors)
+        self.model, self.T, self.priors = model, len(texts), dense(model.encode_attributes(texts))
 
     def forward(self, features, boxes=None):
-        targets = torch.zeros(len(self.priors.T_attr), dtype=torch.int64)
-        return self.model.decode(features, targets, self.priors, boxes=boxes)
+        return self.model.decode(features, torch.zeros(self.T, dtype=torch.int64), self.priors, boxes=boxes)
 
 
 def dense(priors):
@@ -106,7 +105,7 @@ def export(model, texts, out, prompt="none", dataset=""):
     if prompt == "box":
         inputs["boxes"] = torch.from_numpy(draw.random((T, 4), np.float32).reshape(T, 2, 2)).sort(1)[0].flatten(1)
         inputs["boxes"] *= c.image_size
-    decoder = Decoder(model, model.encode_attributes(texts)).eval()
+    decoder = Decoder(model, texts).eval()
     with ops.reference_only():
         expected = decoder(*inputs.values())
     write_atomically(encoder_file, to_onnx(Encoder(model).eval(), dict(image=image), ["features"], metadata))

@@ -9,10 +9,11 @@ import torch
 
 import export
 import predict
-from common import ATTRIBUTES, InputError
+from common import ATTRIBUTES, LIGHT, InputError
 from conftest import fails
 from export import OnnxModel
 from inference import predict_image
+from medsegr import Config, MedSegR
 from ops import reference
 from runs import save_checkpoint
 from test_volumes import volume_file
@@ -72,6 +73,16 @@ def test_what_the_files_were_not_made_for_is_refused(exported, tmp_path):
     fails(lambda: OnnxModel(tmp_path / "alone.onnx"), "three-encoder.onnx", "no such file", "together")
     (tmp_path / encoder.name).write_bytes(encoder.read_bytes()[:1000])
     fails(lambda: OnnxModel(tmp_path / "alone.onnx"), encoder.name, "not a readable ONNX file")
+
+
+@pytest.mark.parametrize("switches, prompt", [(dict(cognitive=False, offset_grid=2), "none"),
+                                              (dict(branches=("sam",)), "box")])
+def test_a_model_without_a_semantic_prior(switches, prompt, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} of requirements-extras.txt is not installed")
+    model = MedSegR(Config(**LIGHT, image_size=64, feature_grid=8, **switches)).eval()
+    onnx, off = export.export(model, TEXTS[:2], tmp_path / "x.onnx", prompt)
+    assert off < 1e-4 and len(onnx.texts) == 2
 
 
 def test_every_way_is_timed(exported):
