@@ -156,6 +156,13 @@ class Joined:
         row, which = divmod(n, len(self.datasets))
         return self.datasets[which], row % len(self.datasets[which])
 
+    def turned(self, n, epoch):
+        """Image n -> what takes its place in an epoch, so that no image of a smaller data set is always the one that
+        comes once more than others."""
+        row, which = divmod(n, len(self.datasets))
+        longest = len(self) // len(self.datasets)
+        return (row + epoch * longest) % len(self.datasets[which]) * len(self.datasets) + which
+
     def key(self, n):
         dataset, i = self.of(n)
         return f"{dataset.name}/{dataset.key(i)}"
@@ -448,8 +455,11 @@ class Batches(torch.utils.data.Dataset):
         """The numbers of the samples of a step, of all ranks together."""
         epoch, at = divmod(step, self.per_epoch)
         if self.order[0] != epoch:
-            self.order = epoch, seeded("order", self.seed, epoch).permutation(len(self.dataset))
-        return self.order[1][at * self.per_step:(at + 1) * self.per_step].tolist()
+            order = seeded("order", self.seed, epoch).permutation(len(self.dataset)).tolist()
+            if isinstance(self.dataset, Joined):
+                order = [self.dataset.turned(n, epoch) for n in order]
+            self.order = epoch, order
+        return self.order[1][at * self.per_step:(at + 1) * self.per_step]
 
     def prompt_of(self, step):
         """none, point or box; "mixed" is one of them per step, the same on all ranks."""

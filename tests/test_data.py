@@ -232,6 +232,9 @@ def test_several_data_sets_are_drawn_from_equally_often(tmp_path):
     assert isinstance(data.open_datasets("demo"), data.Dataset)
     with pytest.raises(IndexError):
         joined[14]
+    batches = of(joined, batch_size=14)  # in three epochs each of the smaller one's comes equally often
+    seen = [joined.of(n) for epoch in range(3) for n in batches.rows(epoch)]
+    assert sorted(map(seen.count, set(seen))) == [3] * 7 + [7] * 3
 
 
 def flat(batches):
