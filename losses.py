@@ -89,7 +89,7 @@ class Objective(nn.Module):
         SAM-Med2D takes an optimiser step for each.
         """
         model = self.model
-        drop = (self.drop, torch.Generator().manual_seed(batch.seed)) if self.drop else None
+        drop = (self.drop, batch.seed) if self.drop else None
         features, pixels = model.adapt_features(features)
         loss, parts = torch.zeros((), device=features.device), torch.zeros(3, device=features.device)
         if self.decode:

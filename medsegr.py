@@ -14,12 +14,13 @@ the text encoder, L its context length in tokens. Equation and table numbers are
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from beyond import DenseAlignment, FeatureAdapter, zero
-from common import ATTRIBUTES, InputError
+from common import ATTRIBUTES, InputError, seeded
 from encoders import TextEncoder, build_sam, features_key, tiny_vit, tune
 from ops import deform_conv2d, dynamic_conv2d
 
@@ -330,7 +331,8 @@ class MedSegR(nn.Module):
         """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1):
         frozen tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of
         the M is, int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start
-        and end tokens alone. drop: (share, torch.Generator): for training, so many tokens of each text are left out."""
+        and end tokens alone. drop: (share, seed): for training, so many tokens of each text are left out,
+        of equal triples the same ones."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():
@@ -338,7 +340,7 @@ class MedSegR(nn.Module):
                                      "or train without that attribute")
         triples = [tuple(text[a] for a in ATTRIBUTES) for text in texts] or [("-",) * 3]  # a dummy for M = 0
         if self.config.sentence:
-            triples = [("; ".join(triple),) for triple in triples]
+            triples = [("; ".join(filter(None, triple)),) for triple in triples]
         row = {triple: i for i, triple in enumerate(dict.fromkeys(triples))}
         encoded = {t: self.clip.tokens(t) for triple in row for t in triple}
         lengths = torch.tensor([[len(encoded[t]) for t in triple] for triple in row], device=self.device)
@@ -347,8 +349,9 @@ class MedSegR(nn.Module):
         T = torch.stack([torch.stack([padded[t] for t in triple]) for triple in row])
         valid = torch.arange(L, device=self.device) < lengths[..., None]
         if drop:
-            share, generator = drop
-            kept = torch.rand(valid.shape, generator=generator) >= share
+            share, seed = drop
+            draws = [seeded("dropped", seed, ascii(triple)).random(valid.shape[1:]) for triple in row]
+            kept = torch.from_numpy(np.stack(draws) >= share)
             kept[..., 0] = True  # the start token: no text becomes empty
             valid = valid & kept.to(self.device)
             T = T * valid[..., None]

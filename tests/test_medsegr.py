@@ -222,6 +222,10 @@ def test_one_sentence_in_place_of_three_texts():
             tokens, valid = model.clip(["; ".join(text[a] for a in ATTRIBUTES)])
             torch.testing.assert_close(T_attr, tokens[0][valid[0]].mean(0))
     assert priors.A_pos is None and len(model.encode_attributes([]).T_attr) == 0
+    nothing, something = (model.encode_attributes([dict.fromkeys(ATTRIBUTES, "") | more], empty=True).T_attr
+                          for more in ({}, {"shape": "round"}))
+    for T_attr, text in ((nothing, ""), (something, "round")):
+        torch.testing.assert_close(T_attr[0], model.clip.tokens(text).mean(0))
 
 
 def test_channel_attention_is_equation_4():
