@@ -238,7 +238,7 @@ def features_of(r, batch):
 def write_row(r, step, rate, bar):
     """Ends the window: the means of its steps go to the log, and to the progress bar."""
     *sums, n = total(*r.progress["window"])
-    means = {name: s * r.world / max(1.0, n) for name, s in zip(WINDOW, sums)}
+    means = {name: s * r.world / (n or np.nan) for name, s in zip(WINDOW, sums)}  # NaN: every step was skipped
     r.progress["window"] = [0.0] * (len(WINDOW) + 1)
     if r.rank == 0:
         epoch = step // r.batches.per_epoch
@@ -357,7 +357,7 @@ def parse():
     add("--limit", type=positive_int, help="only the first N training slices")
     add("--val-slices", type=positive_int, default=64, help="slices to validate on, spread evenly")
     add("--val-every", type=positive_int, help="steps (default: an epoch)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(0, 2 ** 63 - 1, int), default=0)
     add("--out", default="out")
     add("--init", help="a checkpoint to start from; parts that it lacks start as always")
     add("--save-minutes", type=number(0, 1e6), default=10.0, help="between two states to resume from")
@@ -375,6 +375,8 @@ def parse():
     args = parser.parse_args()
     if not sum(args.loss_weights):
         raise InputError("--loss-weights: give three numbers, not all of them 0")
+    if not args.targets and not (args.align and args.dense_loss):
+        raise InputError("--targets 0: leaves the dense map alone to learn from; add --align, and no --dense-loss 0")
     return args
 
 

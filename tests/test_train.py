@@ -267,6 +267,8 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path, cache
     with pytest.raises(InputError, match="no finite gradient in the last 20 steps.*--lr"):
         run_main(["--epochs", "99", "--val-every", "1000", "--resume", "--cache", cache_folder, "--out", tmp_path])
     assert (tmp_path / "last.safetensors").read_bytes() == before
+    row = read_log(tmp_path / "log.csv")[-1]  # of ten steps that were all skipped: no loss, rather than 0
+    assert row["step"] == 20 and math.isnan(row["loss"])
 
 
 def test_a_full_disk_is_said_at_the_start_and_harms_nothing(tmp_path, cache_folder, monkeypatch):
@@ -425,6 +427,8 @@ def test_evaluation_of_the_demo(demo_run, tmp_path, cache_folder):
     (["--sam-checkpoint", "/no/file.pth"], "/no/file.pth"), (["--clip", "nonsense:x"], "--clip nonsense:x"),
     (["--precision", "int8"], "--precision"), (["--out", "/proc/none"], "/proc"),
     (["--tune-encoder", "half"], "--tune-encoder"), (["--rounds", "0"], "--rounds 0"), (["--init", "/no/run"], "--init /no/run"),
+    (["--targets", "0"], "--align"), (["--targets", "0", "--align", "--dense-loss", "0"], "--dense-loss"),
+    (["--seed", "-1"], "--seed"), (["--seed", "1" + 19 * "0"], "--seed"),
     (["--loss-weights", "0", "0", "0"], "--loss-weights"), (["--attributes-file", "/no/texts.json"], "/no/texts.json")])
 def test_bad_flags_are_named(flags, named, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, "--cache", "none", "--out", str(tmp_path / "out"), *flags])
