@@ -372,8 +372,11 @@ class TextEncoder(nn.Module):
             ids != tower.config.pad_token_id
         n = int(valid.sum(1).max())  # what is behind the longest text would be computed for nothing
         if clip:
+            mask = tower.attn_mask
+            if mask is None:  # MobileCLIP's tokens all see each other, also those behind the end
+                n = ids.shape[1]
             x = tower.token_embedding(ids[:, :n]) + tower.positional_embedding[:n]
-            x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))
+            x = tower.ln_final(tower.transformer(x, attn_mask=None if mask is None else mask[:n, :n]))
         else:  # a Hugging Face tower, such as BiomedCLIP's
             x = tower.transformer(input_ids=ids[:, :n], attention_mask=valid[:, :n].long()).last_hidden_state
         return F.pad(x.float() * valid[:, :n, None], (0, 0, 0, ids.shape[1] - n)), valid
