@@ -177,7 +177,8 @@ def draft(args):
         picture.save(file, format="PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         content = [dict(type="text", text=prompt + DRAFT_END), dict(type="image_url", image_url=dict(url=url))]
-        text = ask(client, args.model, [dict(role="user", content=content)], max_tokens=600).strip()
+        room = 600 * len(args.targets)  # tokens, so that the answer is not cut off
+        text = ask(client, args.model, [dict(role="user", content=content)], max_tokens=room).strip()
         if not text:
             raise InputError(f"{image}: the model answers nothing; is --model {args.model} one that sees images?")
         report = Report(name, tuple(args.targets), "draft", re.sub(r"^===", "= =", text, flags=re.M))

@@ -241,6 +241,7 @@ def test_drafts_wait_for_review(fake, tmp_path, monkeypatch, capsys):
     reports = report.read_reports(out)
     assert [(r.image, r.status) for r in reports] == [("a", "reviewed"), ("b", "draft")] and len(asked) == 2
     assert "pale" in reports[0].text and "= = x | y | reviewed" in reports[1].text
+    assert asked[0]["max_tokens"] == 600
     content = asked[0]["messages"][0]["content"]
     assert "gastroenterologist" in content[0]["text"] and "polyp" in content[0]["text"]
     assert content[1]["image_url"]["url"].startswith("data:image/png;base64,")
