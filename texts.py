@@ -96,10 +96,11 @@ class Texts:
                 f"{listed_pairs(lost)}; an image is called like {sources[0].key(0)}, a class like {sources[0].classes[0]}")
 
     def own(self, target, sample):
-        """The texts of this very image, or of its case; {} where there are none, or no sample."""
+        """The texts of this very image, and those of its case where it has none; {} where there are none, or no
+        sample."""
         if sample is None:
             return {}
-        return self.images.get((sample.key, target)) or self.images.get((sample.case, target)) or {}
+        return self.images.get((sample.case, target), {}) | self.images.get((sample.key, target), {})
 
     def choose(self, target, modality, sample, choice):
         """{attribute: choice(its wordings)}; those of the sample itself come before those of the class."""

@@ -180,12 +180,13 @@ def test_texts_of_single_images(tmp_path):
     target, *others = sample.targets
     lines = [dict(image=sample.key, target=target, position="here", shape=["round", "oval"]), None,
              dict(image=sample.case, target=others[0], texture="dark"),
+             dict(image=sample.case, target=target, position="by the case", texture="gray"),
              dict(image="elsewhere", target=target, position="there", texture="x", shape="y")]
     lines[2]["texture"] = "dark\x85\u2028here"  # a line ends at \n alone
     path.write_text("\n".join(json.dumps(line, ensure_ascii=False) if line else "" for line in lines), encoding="utf-8")
     texts = Texts("demo", per_image=path)
     plain = KNOWN(target, "ct")
-    assert texts(target, "ct", sample) == {**plain, "position": "here", "shape": "round"}
+    assert texts(target, "ct", sample) == {"position": "here", "texture": "gray", "shape": "round"}
     assert texts(others[0], "ct", sample) == {**KNOWN(others[0], "ct"), "texture": lines[2]["texture"]}  # by its case
     assert texts(target, "ct", SAMPLES[1]) == plain == texts(target, "ct")
     rng = np.random.default_rng(0)
