@@ -168,7 +168,8 @@ def read_slices(path):
                     numbers(where, measures + [head], "PixelSpacing", 2, lambda found: found.min() > 0)]
         found.append(Slice(
             path, frame, frames, text(head, "SeriesInstanceUID"), text(head, "SeriesNumber"),
-            tuple(text(head, name) for name in ONE), text(head, "SeriesDescription"), modality, shape, palette or samples > 1, *geometry,
+            tuple(text(head, name) for name in ONE), text(head, "SeriesDescription"), modality, shape,
+            palette or samples > 1, *geometry,
             one("SliceThickness", None, measures + [head]) or one("SpacingBetweenSlices", None, measures + [head]),
             one("RescaleSlope", None, scale + [head], lambda x: x != 0), one("RescaleIntercept", None, scale + [head]),
             head if text(head, "ModalityLUTSequence") else None,

@@ -263,8 +263,8 @@ def test_slices_of_several_in_one_series(name, several, tmp_path):
     """Patients, say, whose slices would make one volume; the two files tell what differs."""
     folder = series(tmp_path / "s", **{name: lambda z: ("CT", "PT")[z % 2] if name == "Modality" else f"1.{z % 2}"})
     for most in (None, 10 ** 6):
-        fails(lambda: read_dicom(folder, WIDE, "ct", most=most), f"{folder}: has slices of several {several}", "001.dcm",
-              f"another {name} than 000.dcm", "folder of its own")
+        fails(lambda: read_dicom(folder, WIDE, "ct", most=most), f"{folder}: has slices of several {several}",
+              "001.dcm", f"another {name} than 000.dcm", "folder of its own")
 
 
 @pytest.mark.parametrize("uid", (..., "1.2.3"))
