@@ -307,7 +307,8 @@ def model_options(args):
 def add_target_flags(parser):
     """The flags of predict.py and export.py that say which model is asked for what."""
     add = parser.add_argument
-    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else weights/'s for the modality)")
+    add("--checkpoint", help="a .safetensors file or its folder (default: newest in out, else weights/'s for the "
+        "modality)")
     add("--target", action="append", help="a class whose texts attributes.json has; may be given several times")
     for kind in ATTRIBUTES:
         add(f"--{kind}", help=f"in place of --target: the structure's {kind} in your own words")

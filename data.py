@@ -312,7 +312,8 @@ def make_batch(samples, texts, rng, max_targets=4, absent=0.1, nonsense=0.0):
     """Samples -> Batch of targets, drawn per image, with texts in random wordings and no prompts yet.
 
     absent: the probability of drawing a structure that the image lacks; its empty mask teaches to say no. nonsense: the
-    probability that a target's texts are nonsense instead, and its mask empty. M can be 0 where there is nothing to draw.
+    probability that a target's texts are nonsense instead, and its mask empty. M can be 0 where there is nothing to
+    draw.
     """
     size = samples[0].masks.shape[-1]
     index, masks, targets, words = [], [], [], []

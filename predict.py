@@ -220,8 +220,8 @@ def check_results(args, name, path):
 
 
 def state_of(args, path):
-    """What OUT/NAME-input.json is to say: what the input is and, flag by flag, what is asked; of files, and of folders of
-    files, also bytes, time and a hash of each file's."""
+    """What OUT/NAME-input.json is to say: what the input is and, flag by flag, what is asked; of files, and of folders
+    of files, also bytes, time and a hash of each file's."""
     def stamp(*given):
         files = {f.name: f.stat() for one in given for f in (visible(one) if one.is_dir() else [one]) if f.is_file()}
         each = repr([(name, f.st_size, f.st_mtime_ns) for name, f in files.items()]).encode()

@@ -93,7 +93,8 @@ class Texts:
         if not lost:
             return ""
         return (f"--texts {self.file}: {len(lost)} of {len(self.images)} lines are of no image or class here: "
-                f"{listed_pairs(lost)}; an image is called like {sources[0].key(0)}, a class like {sources[0].classes[0]}")
+                f"{listed_pairs(lost)}; an image is called like {sources[0].key(0)}, a class like "
+                f"{sources[0].classes[0]}")
 
     def own(self, target, sample):
         """The texts of this very image, and those of its case where it has none; {} where there are none, or no

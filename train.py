@@ -179,8 +179,8 @@ def train(r):
             saved = time.time()
     if step_count and args.targets and not r.targets:
         names = args.dataset.replace(",", " or ")
-        raise InputError(f"{r.out}: none of the {step_count} steps had a structure to learn: the masks are empty, or do "
-                         f"not fit their images; python data.py stats --dataset {names} names them")
+        raise InputError(f"{r.out}: none of the {step_count} steps had a structure to learn: the masks are empty, or "
+                         f"do not fit their images; python data.py stats --dataset {names} names them")
     r.say(f"{r.out}: {r.steps} steps in {progress['seconds'] / 60:.1f} min, best validation Dice "
           f"{progress['best']:.4f} (prompt {r.val_prompt}, pixels pooled)"
           + (f", {progress['skipped']} steps without a finite gradient skipped" if progress["skipped"] else "")
