@@ -223,7 +223,8 @@ def begin(out, resume, rank, model, optimizer, scaler, progress, about):
     if path.is_file() and resume:
         saved = load_training(path, model, optimizer)
         progress.update({k: saved[k] for k in progress})
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # of a run in float16
+            scaler.load_state_dict(saved["scaler"])
         said = f"{out}: resumed at step {progress['step']}" + changes(saved, about)
     elif path.is_file() and rank == 0:
         path.replace(out / "training.old.safetensors")

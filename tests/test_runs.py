@@ -11,7 +11,8 @@ import runs
 from common import LIGHT, InputError
 from conftest import fails
 from medsegr import Config, MedSegR
-from runs import default_checkpoint, load_checkpoint, load_training, newest_checkpoint, save_checkpoint
+from runs import (default_checkpoint, load_checkpoint, load_training, newest_checkpoint, save_checkpoint,
+                  save_training)
 from test_medsegr import FIVE, INDEX, perturb, small
 
 
@@ -132,6 +133,18 @@ def test_damaged_training_state_is_named(tmp_path):
     optimizer = torch.optim.AdamW(model.trained().values())
     with pytest.raises(InputError, match="damaged"):
         load_training(tmp_path / "training.safetensors", model, optimizer)
+
+
+@pytest.mark.parametrize("before, now", [(False, True), (True, False), (True, True)])
+def test_a_run_goes_on_in_another_precision(before, now, tmp_path):
+    """float16 alone scales its gradients; where it comes later, its scale starts as always."""
+    model = small()
+    optimizer, scaler = torch.optim.AdamW(model.trained().values()), torch.amp.GradScaler("cpu", 8.0, enabled=before)
+    about = dict(arguments={}, data="x")
+    save_training(tmp_path / "training.safetensors", model, optimizer, scaler=scaler.state_dict(), step=3, **about)
+    progress, later = dict(step=0), torch.amp.GradScaler("cpu", 4.0, enabled=now)
+    runs.begin(tmp_path, True, 0, model, optimizer, later, progress, about)
+    assert progress == dict(step=3) and later.get_scale() == (8.0 if before and now else 4.0 if now else 1.0)
 
 
 def test_the_log_goes_on_and_a_full_disk_is_one_line(tmp_path):
