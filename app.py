@@ -115,7 +115,7 @@ class Scan(NamedTuple):
     pixels: np.ndarray  # uint8 [H,W,3]; of a volume float32 [D,H,W], upright
     grid: Grid | None = None  # of a volume
     window: tuple | None = None  # what is black and white, unless another is chosen
-    assumed: str = ""  # ". ..." what had to be, to read it
+    assumed: str = ""  # what had to be assumed to read it: sentences that follow on a line, or none
 
 
 def placed(folder, number, name):

@@ -14,7 +14,6 @@ the text encoder, L its context length in tokens. Equation and table numbers are
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -331,8 +330,8 @@ class MedSegR(nn.Module):
         """M dicts with the texts "position", "texture" and "shape" -> T_a of their N distinct triples (equation 1):
         frozen tokens [N,3,L,d], valid bool [N,3,L]; how long the longest text is, in tokens; and which triple each of
         the M is, int64 [M]. An empty text is an error, unless `empty` allows it: then the text encoder sees its start
-        and end tokens alone. drop: (share, seed): for training, so many tokens of each text are left out,
-        of equal triples the same ones."""
+        and end tokens alone. drop: (share, seed): for training, so many tokens of each text are left out, of
+        equal triples the same ones."""
         for m, text in enumerate(texts):
             for a in ATTRIBUTES:
                 if not empty and not str(text.get(a) or "").strip():
@@ -350,8 +349,8 @@ class MedSegR(nn.Module):
         valid = torch.arange(L, device=self.device) < lengths[..., None]
         if drop:
             share, seed = drop
-            draws = [seeded("dropped", seed, ascii(triple)).random(valid.shape[1:]) for triple in row]
-            kept = torch.from_numpy(np.stack(draws) >= share)
+            kept = torch.stack([torch.from_numpy(seeded("dropped", seed, ascii(triple)).random(valid.shape[1:]))
+                                for triple in row]) >= share
             kept[..., 0] = True  # the start token: no text becomes empty
             valid = valid & kept.to(self.device)
             T = T * valid[..., None]

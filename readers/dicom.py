@@ -24,9 +24,9 @@ NOTES = (".txt", ".md", ".xml", ".json", ".pdf", ".csv", ".tsv", ".html", ".htm"
 OF = {"CT": "ct", "MR": "mr", "PT": "pet", "US": "ultrasound", "CR": "x-ray", "DX": "x-ray", "MG": "x-ray",
       "XA": "x-ray", "RF": "x-ray", "ES": "endoscopy", "OP": "fundus", "DMS": "dermoscopy"}  # DICOM's Modality -> ours
 UNSAID = ("", "CT", "OT", "SC")  # what an image may name itself where it is taken for CT: the last two are anything
-# of which a series has one, and what it is of where it has several
-ONE = {"PatientID": "patients", "StudyInstanceUID": "studies", "FrameOfReferenceUID": "frames of reference",
-       "Modality": "modalities"}
+# what all slices of a series share, and of how many it speaks where they do not
+SHARED = {"PatientID": "patients", "StudyInstanceUID": "studies", "FrameOfReferenceUID": "frames of reference",
+          "Modality": "modalities"}
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
 # what is wrong with a file and does not matter is not told; what does becomes our one line
@@ -42,7 +42,7 @@ class Slice:
     frames: int
     series: str  # SeriesInstanceUID
     label: str  # SeriesNumber
-    own: tuple  # its values of ONE
+    shared: tuple  # its values of SHARED
     description: str
     modality: str  # one of ours, or DICOM's
     shape: tuple  # rows, columns
@@ -168,7 +168,7 @@ def read_slices(path):
                     numbers(where, measures + [head], "PixelSpacing", 2, lambda found: found.min() > 0)]
         found.append(Slice(
             path, frame, frames, text(head, "SeriesInstanceUID"), text(head, "SeriesNumber"),
-            tuple(text(head, name) for name in ONE), text(head, "SeriesDescription"), modality, shape,
+            tuple(text(head, name) for name in SHARED), text(head, "SeriesDescription"), modality, shape,
             palette or samples > 1, *geometry,
             one("SliceThickness", None, measures + [head]) or one("SpacingBetweenSlices", None, measures + [head]),
             one("RescaleSlope", None, scale + [head], lambda x: x != 0), one("RescaleIntercept", None, scale + [head]),
@@ -251,9 +251,9 @@ def alike(slices, name, values, tolerance):
     return usual
 
 
-def check_one(path, slices):
+def check_shared(path, slices):
     """InputError if a series has slices of several patients and the like: their places have nothing in common."""
-    for (name, several), values in zip(ONE.items(), zip(*(s.own for s in slices))):
+    for (name, several), values in zip(SHARED.items(), zip(*(s.shared for s in slices))):
         other = next((s for s, value in zip(slices, values) if value != values[0]), None)
         if other:
             raise InputError(f"{path}: has slices of several {several} in one series ({other.path.name} has another "
@@ -395,7 +395,7 @@ def read_dicom(path, window, modality, series=None, frame=None, most=None, say=N
         if lacking:
             raise InputError(f"{s}: has no {' and no '.join(lacking)}, so nobody knows where it lies; give the series "
                              "as the scanner sent it, or an image alone")
-    check_one(path, slices)
+    check_shared(path, slices)
     check_scale(slices)
     if len(slices) == 1 and not first.thickness and say:
         say(f"{path}: has no SliceThickness; 1 mm is assumed for ml")

@@ -258,7 +258,7 @@ def test_several_series(tmp_path):
         fails(lambda: read_dicom(folder, WIDE, "ct", wrong), f"--series {wrong}", "1.2.8 (")
 
 
-@pytest.mark.parametrize("name, several", dicom.ONE.items())
+@pytest.mark.parametrize("name, several", dicom.SHARED.items())
 def test_slices_of_several_in_one_series(name, several, tmp_path):
     """Patients, say, whose slices would make one volume; the two files tell what differs."""
     folder = series(tmp_path / "s", **{name: lambda z: ("CT", "PT")[z % 2] if name == "Modality" else f"1.{z % 2}"})
