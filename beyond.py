@@ -80,6 +80,11 @@ class DenseAlignment(nn.Module):
         """The logits of M targets, [M,H,W]: T_attr [M,d], and image_index [M] says in which image."""
         return self.compare("mhwd,md->mhw", pixels[image_index], T_attr)
 
+    def on_features(self, text_map):
+        """Maps of M targets [M,H,W] -> what they add to the features, [M,C,H,W], in memory a vector per pixel."""
+        weight, bias = self.to_features.weight.flatten(1), self.to_features.bias
+        return F.linear(text_map[..., None], weight, bias).permute(0, 3, 1, 2)
+
     def compare(self, products, pixels, T_attr):
         w, bias = self.structure(T_attr).split([pixels.shape[-1], 1], 1)
         x = torch.einsum(products, pixels, w.to(pixels.dtype))

@@ -152,11 +152,20 @@ class ChannelCrossAttention(nn.Module):
         scale, shift, film = (f(self.norm_text(T_attr))[..., None, None] for f in (self.scale, self.shift, self.film))
         normed = self.norm(F_fused.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         F_attr = scale * PE + shift + film * normed
-        q, k, v = (x.flatten(2).unflatten(1, (self.heads, -1))  # [M,heads,C/heads,HW]
+        q, k, v = (x.permute(0, 2, 3, 1).flatten(1, 2)  # [M,HW,C]
                    for x in (self.q(normed), self.k(F_attr), self.v(F_attr)))
-        attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
-        attention = (attention * self.temperature).softmax(-1)  # [M,heads,C/heads,C/heads]
-        return F_fused + self.out((attention @ v).flatten(1, 2).unflatten(-1, F_fused.shape[-2:]))
+        # [M,C,C]: the heads are blocks of it, and one product of all with all is faster than a copy of each head
+        attention = along_space(q).transpose(1, 2) @ along_space(k)
+        head = torch.arange(self.heads, device=q.device).repeat_interleave(q.shape[-1] // self.heads)
+        attention = (attention * self.temperature[head, 0]).masked_fill(head[:, None] != head, -torch.inf).softmax(-1)
+        refined = v @ attention.transpose(1, 2).to(v.dtype)
+        return F_fused + self.out(refined.unflatten(1, F_fused.shape[-2:]).permute(0, 3, 1, 2))
+
+
+def along_space(x):
+    """[M,HW,C] -> each channel with length one over HW; F.normalize takes ten times as long along this dimension."""
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1, keepdim=True)
+    return x * squares.clamp(min=1e-24).rsqrt().to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,6 +268,8 @@ class MedSegR(nn.Module):
         super().__init__()
         self.config = c = config or Config()
         self.sam, self.sam_hash = build_sam(c)
+        PE = self.sam.prompt_encoder.get_dense_pe()  # SAM's positional encoding of the grid, [1,C,H,W]
+        self.register_buffer("PE", PE.contiguous(memory_format=torch.channels_last), persistent=False)
         self.clip = self.perceptual = self.cognitive = self.refine = self.gate = self.align = None
         tune(self.sam.image_encoder, c.tune_encoder, c.lora_rank)
         if c.active_priors or "sem" in c.active_branches:
@@ -390,43 +401,38 @@ class MedSegR(nn.Module):
         if torch.is_autocast_enabled(features.device.type):  # half the bytes to move, and the CPU's time is moving them
             features = features.to(torch.get_autocast_dtype(features.device.type))
         features = features.contiguous(memory_format=torch.channels_last)  # what CPUs and tensor cores convolve fastest
-        features = self.adapter(features, self.sam.prompt_encoder.get_dense_pe()) if self.adapter else features
+        features = self.adapter(features, self.PE) if self.adapter else features
         return features, self.align.pixels(features.permute(0, 2, 3, 1)) if self.align else None
 
     def modulate_features(self, features, pixels, image_index, priors):
         """The text's part of decode -> the features that SAM's decoder sees, [M,C,H,W], and the dict of `explain`."""
-        PE = self.sam.prompt_encoder.get_dense_pe()  # [1,C,H,W]
-        F_SAM = features[image_index]
+        F_SAM = features.permute(0, 2, 3, 1)[image_index].permute(0, 3, 1, 2)
         F_fused = modulate(features, image_index, priors) if self.perceptual else F_SAM
-        F_sem = self.refine(F_fused, priors.T_attr, PE) if self.refine else None
+        F_fused = F_fused.contiguous(memory_format=torch.channels_last)  # sums of two layouts take many times as long
+        F_sem = self.refine(F_fused, priors.T_attr, self.PE) if self.refine else None
         branches = [dict(fused=F_fused, sem=F_sem, sam=F_SAM)[b] for b in self.config.active_branches]
         x, weights = self.gate(branches) if self.gate else (branches[0], None)
         text_map = self.align.of_targets(pixels, image_index, priors.T_attr) if self.align else None
         if self.align:
-            x = x + self.align.to_features(text_map[:, None])
+            x = x + self.align.on_features(text_map)
         return x, dict(F_fused=F_fused, F_sem=F_sem, gate=weights, text_map=text_map)
 
     def decode_masks(self, x, text_map=None, points=None, boxes=None, masks=None):
         """SAM's part of decode: its prompt encoder and mask decoder with an image embedding per target, [M,C,H,W];
         SAM's own forward would pair every image with every prompt. Only the first mask, SAM's answer to
         multimask_output=False, is computed. text_map [M,H,W]: of DenseAlignment."""
-        PE, decoder, M = self.sam.prompt_encoder.get_dense_pe(), self.sam.mask_decoder, len(x)
+        decoder, M = self.sam.mask_decoder, len(x)
         if masks is not None:
             masks = masks[:, None]
         sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([tokens.expand(M, -1, -1), sparse.expand(M, -1, -1)], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)  # as the transformer reads it: a vector per pixel
-        hs, src = decoder.transformer(x + dense, PE.expand(M, -1, -1, -1), tokens)
+        hs, src = decoder.transformer(x + dense, self.PE.expand(M, -1, -1, -1), tokens)
         up = decoder.output_upscaling(src.transpose(1, 2).view(x.shape))
         kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])
-        masks = (kernel[:, None] @ up.flatten(2)).view(M, *up.shape[-2:])
+        masks = (up.permute(0, 2, 3, 1).flatten(1, 2) @ kernel[..., None]).view(M, *up.shape[-2:])
         if text_map is not None:
             text_map = F.interpolate(text_map[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
             masks = masks + self.align.to_mask(hs[:, 1])[..., None] * text_map
         return masks, decoder.iou_prediction_head(hs[:, 0])[:, 0]
-
-    def forward(self, images, image_index, texts, points=None, boxes=None, features=None):
-        """The three steps in one; `features` from an earlier encode_image spare the first."""
-        features = self.encode_image(images) if features is None else features
-        return self.decode(features, image_index, self.encode_attributes(texts), points, boxes)

@@ -35,7 +35,7 @@ def bench_model(args):
     def step():
         model.zero_grad(set_to_none=True)
         with autocast(device, args.dtype):
-            logits, iou = model(None, index, TEXTS * 2, features=features)
+            logits, iou = model.decode(features, index, model.encode_attributes(TEXTS * 2))
         loss, _ = segmentation_loss(logits, iou, masks)
         loss.backward()
         return loss.detach()

@@ -113,11 +113,11 @@ def test_batch_equals_one_by_one(lite):
     with torch.no_grad():
         for kind in ("none", "point", "box"):
             points, boxes = prompts(64, kind, torch.Generator().manual_seed(3))
-            masks, iou = model(images, INDEX, FIVE, points, boxes)
+            masks, iou = model.decode(model.encode_image(images), INDEX, model.encode_attributes(FIVE), points, boxes)
             for m, b in enumerate(INDEX):
-                one, one_iou = model(images[b:b + 1], torch.tensor([0]), FIVE[m:m + 1],
-                                     points and tuple(p[m:m + 1] for p in points),
-                                     None if boxes is None else boxes[m:m + 1])
+                one, one_iou = model.decode(
+                    model.encode_image(images[b:b + 1]), torch.tensor([0]), model.encode_attributes(FIVE[m:m + 1]),
+                    points and tuple(p[m:m + 1] for p in points), None if boxes is None else boxes[m:m + 1])
                 torch.testing.assert_close(masks[m:m + 1], one, rtol=1e-3, atol=1e-3)
                 torch.testing.assert_close(iou[m:m + 1], one_iou, rtol=1e-3, atol=1e-3)
 
@@ -152,7 +152,7 @@ def test_every_table_row_trains(row):
     optimizer = torch.optim.Adam(trained.values(), lr=1e-3)
     features, truth = torch.randn(3, 256, 16, 16), (torch.rand(5, 64, 64) > 0.5).float()
     for _ in range(3):  # what stands behind a layer that starts at zero moves from the second step on
-        logits, iou = model(None, INDEX, FIVE, features=features)
+        logits, iou = model.decode(features, INDEX, model.encode_attributes(FIVE))
         loss = F.binary_cross_entropy_with_logits(logits, truth) + (iou - 0.5).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -284,7 +284,8 @@ def test_a_step_with_compiled_operators_equals_one_with_their_definitions(offset
     for scope in (contextlib.nullcontext, ops.reference_only):
         model.zero_grad()
         with scope():
-            logits, iou = model(None, INDEX, FIVE, *prompts(64, "point", torch.Generator().manual_seed(1)), features)
+            logits, iou = model.decode(features, INDEX, model.encode_attributes(FIVE),
+                                       *prompts(64, "point", torch.Generator().manual_seed(1)))
         loss, _ = segmentation_loss(logits, iou, masks)
         loss.backward()
         found.append((loss.detach(), logits.detach(), {n: p.grad for n, p in model.trained().items()}))
@@ -364,3 +365,19 @@ def test_empty_text_is_refused(text):
         small().encode_attributes([TEXTS[0] | {"texture": text}])
     if text == "":  # on purpose, to see what an empty text does
         assert small().encode_attributes([TEXTS[0] | {"texture": text}], empty=True).T_attr.isfinite().all()
+
+
+def test_features_stay_a_vector_per_pixel():
+    """Sums and copies of two layouts take several times as long, forwards and in gradients: each step keeps one."""
+    model = small(adapter=True, align=True)
+    perturb(model)
+    found, features = [], torch.randn(2, 256, 16, 16, requires_grad=True)
+    for module in (model.refine.q[0], model.refine.out, *model.sam.mask_decoder.output_upscaling[::3]):
+        module.register_forward_hook(lambda module, x, y: found.extend((x[0], y)))
+        module.register_full_backward_hook(lambda module, x, y: found.append(y[0]))
+    model.gate.conv.register_forward_hook(lambda module, x, y: found.append(x[0]))
+    masks, _, steps = model.decode(features, INDEX % 2, model.encode_attributes(FIVE), explain=True)
+    masks.sum().backward()
+    for x in (*found, steps["F_fused"], steps["F_sem"], model.align.on_features(steps["text_map"])):
+        assert x.is_contiguous(memory_format=torch.channels_last), x.shape
+    assert len(found) == 3 * 4 + 1
