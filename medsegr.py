@@ -165,7 +165,7 @@ class ChannelCrossAttention(nn.Module):
 def along_space(x):
     """[M,HW,C] -> each channel with length one over HW; F.normalize takes ten times as long along this dimension."""
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1, keepdim=True)
-    return x * squares.clamp(min=1e-24).rsqrt().to(x.dtype)
+    return x * squares.clamp(min=max(1e-24, torch.finfo(x.dtype).tiny)).rsqrt().to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -254,6 +254,19 @@ def test_channel_attention_is_equation_4():
     torch.testing.assert_close(block(fused, T_attr, PE), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2),
+                                              (torch.float16, 2e-3)])
+def test_channels_of_length_one(dtype, tolerance):
+    """As F.normalize in float64, for channels of any scale; one of zeros stays zero, also its gradient."""
+    x = torch.randn(2, 30, 6, dtype=torch.float64) * torch.tensor([1e-2, 1, 3, 10, 100, 0])
+    y = medsegr.along_space(x.to(dtype).requires_grad_())
+    expected = F.normalize(x.to(dtype).double(), dim=1)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    leaf = torch.zeros(1, 4, 2, dtype=dtype, requires_grad=True)
+    medsegr.along_space(leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
 def test_modulation_is_the_product_of_its_parts():
     """F_attn = A_pos * F_SAM, then the texture's convolution, then the shape's; each alone where others are off."""
     torch.manual_seed(0)
