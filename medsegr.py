@@ -163,7 +163,7 @@ class ChannelCrossAttention(nn.Module):
 
 
 def along_space(x):
-    """[M,HW,C] -> each channel with length one over HW; F.normalize takes ten times as long along this dimension."""
+    """[M,HW,C] -> each channel with length one over HW; F.normalize takes a CPU three times as long here."""
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1, keepdim=True)
     return x * squares.clamp(min=max(1e-24, torch.finfo(x.dtype).tiny)).rsqrt().to(x.dtype)
 
@@ -406,9 +406,9 @@ class MedSegR(nn.Module):
 
     def modulate_features(self, features, pixels, image_index, priors):
         """The text's part of decode -> the features that SAM's decoder sees, [M,C,H,W], and the dict of `explain`."""
-        F_SAM = features.permute(0, 2, 3, 1)[image_index].permute(0, 3, 1, 2)
+        F_SAM = features.permute(0, 2, 3, 1)[image_index].permute(0, 3, 1, 2)  # so that its gradient keeps the layout
         F_fused = modulate(features, image_index, priors) if self.perceptual else F_SAM
-        F_fused = F_fused.contiguous(memory_format=torch.channels_last)  # sums of two layouts take many times as long
+        F_fused = F_fused.contiguous(memory_format=torch.channels_last)  # sums of two layouts take far longer
         F_sem = self.refine(F_fused, priors.T_attr, self.PE) if self.refine else None
         branches = [dict(fused=F_fused, sem=F_sem, sam=F_SAM)[b] for b in self.config.active_branches]
         x, weights = self.gate(branches) if self.gate else (branches[0], None)
