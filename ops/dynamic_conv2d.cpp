@@ -2,7 +2,7 @@
 //
 // A plane (one channel of one image) is copied, gated and zero-padded, into a scratch buffer that stays in the cache.
 // Its rows are convolved LANES numbers at a time, a strip of ROWS output rows at once, so that each register read from
-// the scratch serves up to k of them.
+// the scratch serves up to k of them. Meanwhile the same strip of the next plane is fetched from memory.
 #include "cpu.h"
 #include <torch/library.h>
 
@@ -19,26 +19,33 @@ template <typename T> struct Plane {
       : H(H), W(W), k(k), pad(k / 2), stride(round_up(W, LANES<T>) + k - 1), rows(round_up(H, ROWS) + k - 1) {}
   int64_t padded() const { return rows * stride + LANES<T>; }
   int64_t flat() const { return round_up(H, ROWS) * W + LANES<T>; }  // [H,W], and room for what is written beyond it
+  bool whole() const { return H % ROWS == 0 && W % LANES<T> == 0; }  // nothing is
 };
 
 // src [H,W] (times gate [H,W]) -> the inside of a padded plane, whose borders stay zero; `flat` is scratch
 template <typename T, typename scalar_t>
 void fill(const Plane<T>& s, T* plane, const scalar_t* src, const T* gate, T* flat) {
-  for (int64_t i = 0; i < s.H * s.W; ++i) flat[i] = static_cast<T>(src[i]) * (gate ? gate[i] : T(1));
+  const T* from = flat;
+  if constexpr (std::is_same_v<T, scalar_t>)
+    if (!gate && s.whole()) from = src;
+  if (from == flat)
+    for (int64_t i = 0; i < s.H * s.W; ++i) flat[i] = static_cast<T>(src[i]) * (gate ? gate[i] : T(1));
   for (int64_t y = 0; y < s.H; ++y) {
     T* row = plane + (y + s.pad) * s.stride + s.pad;
-    for (int64_t x = 0; x < s.W; x += LANES<T>) store(row + x, load(flat + y * s.W + x));
+    for (int64_t x = 0; x < s.W; x += LANES<T>) store(row + x, load(from + y * s.W + x));
     store(row + s.W, Vec<T>{});  // the rest of the last register; what this reaches of the next row is still to come
   }
 }
 
 // padded plane, weight [k,k] -> out [H,W]: out[y,x] = sum_ij plane[y+i,x+j] * weight[i,j]. K = k, or 0 if that is not
 // known when compiling. From right to left and downwards, since a row's last register reaches into the next row.
-template <int K, typename T>
-void convolve(const Plane<T>& s, const T* plane, const T* weight, T* out) {
+// next [H,W]: what is to be fetched from memory.
+template <int K, typename T, typename scalar_t>
+void convolve(const Plane<T>& s, const T* plane, const T* weight, T* out, const scalar_t* next) {
   const int k = K ? K : s.k;
   for (int64_t y = 0; y < s.H; y += ROWS)
     for (int64_t x = round_up(s.W, LANES<T>) - LANES<T>; x >= 0; x -= LANES<T>) {
+      for (int o = 0; o < ROWS; ++o) __builtin_prefetch(next + (y + o) * s.W + x);
       Vec<T> acc[ROWS] = {};
       for (int j = 0; j < k; ++j) {
         const T* column = plane + y * s.stride + x + j;
@@ -104,9 +111,14 @@ void forward(const Plane<T>& s, int64_t M, int64_t C, const scalar_t* x, const T
     std::vector<T> plane(s.padded()), flat(s.flat());
     for (int64_t mc = begin; mc < end; ++mc) {
       const int64_t m = mc / C, c = mc % C, b = index ? index[m] : m;
-      fill(s, plane.data(), x + (b * C + c) * HW, gate ? gate + m * HW : nullptr, flat.data());
-      convolve<K>(s, plane.data(), weight + m * s.k * s.k, flat.data());
-      for (int64_t i = 0; i < HW; ++i) y[mc * HW + i] = static_cast<scalar_t>(flat[i]);
+      const scalar_t* from = x + (b * C + c) * HW;
+      fill(s, plane.data(), from, gate ? gate + m * HW : nullptr, flat.data());
+      T* to = flat.data();
+      if constexpr (std::is_same_v<T, scalar_t>)
+        if (s.whole()) to = y + mc * HW;
+      convolve<K>(s, plane.data(), weight + m * s.k * s.k, to, from + HW);
+      if (to == flat.data())
+        for (int64_t i = 0; i < HW; ++i) y[mc * HW + i] = static_cast<scalar_t>(to[i]);
     }
   });
 }
@@ -137,7 +149,8 @@ void backward(const Plane<T>& s, int64_t M, int64_t C, int64_t blocks, const sca
             correlate<K>(s, plane.data(), g.data(), acc.data());
           }
           if (!grad_x && !gate_sum) continue;
-          convolve<K>(s, g.data(), flipped.data(), flat.data());  // the gradient of gate * x
+          // the gradient of gate * x
+          convolve<K>(s, g.data(), flipped.data(), flat.data(), grad + (m * C + c + 1) * HW);
           if (gate_sum)
             for (int64_t i = 0; i < HW; ++i) gate_sum[i] += flat[i] * static_cast<T>(from[i]);
           if (T* to = grad_x ? grad_x + (b * C + c) * HW : nullptr)
