@@ -149,23 +149,32 @@ class ChannelCrossAttention(nn.Module):
 
     def forward(self, F_fused, T_attr, PE):
         """F_fused [M,C,H,W], T_attr [M,d], PE [1,C,H,W] -> F_sem [M,C,H,W]."""
-        scale, shift, film = (f(self.norm_text(T_attr))[..., None, None] for f in (self.scale, self.shift, self.film))
-        normed = self.norm(F_fused.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        F_attr = scale * PE + shift + film * normed
-        q, k, v = (x.permute(0, 2, 3, 1).flatten(1, 2)  # [M,HW,C]
-                   for x in (self.q(normed), self.k(F_attr), self.v(F_attr)))
+        scale, shift, film = (f(self.norm_text(T_attr))[:, None, None] for f in (self.scale, self.shift, self.film))
+        F_fused, PE = F_fused.permute(0, 2, 3, 1), PE.permute(0, 2, 3, 1).to(shift.dtype)
+        normed = self.norm(F_fused)
+        F_attr = torch.addcmul(torch.addcmul(shift, scale, PE), film, normed)
+        q, k, v = (self.project(*both) for both in ((self.q, normed), (self.k, F_attr), (self.v, F_attr)))
         # [M,C,C]: the heads are blocks of it, and one product of all with all is faster than a copy of each head
-        attention = along_space(q).transpose(1, 2) @ along_space(k)
+        attention = q.transpose(1, 2) @ (k / length(k)) / length(q).transpose(1, 2)
         head = torch.arange(self.heads, device=q.device).repeat_interleave(q.shape[-1] // self.heads)
         attention = (attention * self.temperature[head, 0]).masked_fill(head[:, None] != head, -torch.inf).softmax(-1)
-        refined = v @ attention.transpose(1, 2).to(v.dtype)
-        return F_fused + self.out(refined.unflatten(1, F_fused.shape[-2:]).permute(0, 3, 1, 2))
+        # out(v attention'), the two small matrices multiplied first
+        both = self.out.weight.flatten(1) @ attention.to(v.dtype)
+        refined = torch.baddbmm(self.out.bias, v, both.transpose(1, 2))
+        return (F_fused + refined.view(F_fused.shape)).permute(0, 3, 1, 2)
+
+    def project(self, convolutions, x):
+        """x [M,H,W,C] -> [M,HW,C]. The 1 x 1 convolution as a product: of one image alone a convolution takes the memory
+        to be planes, and copies it."""
+        mix, depthwise = convolutions
+        x = F.linear(x, mix.weight.flatten(1)).permute(0, 3, 1, 2)
+        return depthwise(x).permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def along_space(x):
-    """[M,HW,C] -> each channel with length one over HW; F.normalize takes a CPU three times as long here."""
+def length(x):
+    """[M,HW,C] -> that of each channel over HW, [M,1,C]; never 0. Takes a CPU a tenth of what torch's norm takes here."""
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1, keepdim=True)
-    return x * squares.clamp(min=max(1e-24, torch.finfo(x.dtype).tiny)).rsqrt().to(x.dtype)
+    return squares.clamp(min=max(1e-24, torch.finfo(x.dtype).tiny)).sqrt().to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,12 +263,29 @@ class Gate(nn.Module):
 
     def forward(self, branches):
         """n tensors [M,C,H,W] -> their weighted sum [M,C,H,W], the weights [M,n,H,W]."""
-        weights = self.conv(torch.cat(branches, 1)).softmax(1)
-        return sum(w * b for w, b in zip(weights.split(1, 1), branches)), weights
+        pixels = [b.permute(0, 2, 3, 1) for b in branches]
+        parts = self.conv.weight.flatten(1).split(pixels[0].shape[-1], 1)
+        scores = F.linear(pixels[0], parts[0], self.conv.bias) + sum(map(F.linear, pixels[1:], parts[1:]))
+        weights = scores.softmax(-1).to(pixels[0].dtype)  # [M,H,W,n]
+        total = weights[..., :1] * pixels[0]
+        for n, x in enumerate(pixels[1:], 1):
+            total = torch.addcmul(total, weights[..., n, None], x)
+        return total.permute(0, 3, 1, 2), weights.permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
+
+def upscaling(layers, x):
+    """SAM's output_upscaling, x [M,h*w,C] -> the 4 x 4 parts of each pixel, [M,h*w,16,C/8], the four quarters of each
+    quarter. A transposed convolution of 2 x 2 and stride 2 is a product for every pixel by itself; that it is left with
+    its pixel keeps the memory in order, which takes a CPU longer than the products."""
+    first, norm, _, second, _ = layers
+    quarters = lambda conv, x: F.linear(x, conv.weight.permute(2, 3, 1, 0).flatten(0, 2),
+                                        conv.bias.repeat(4)).unflatten(-1, (4, -1))
+    x = F.gelu(F.layer_norm(quarters(first, x), norm.weight.shape, norm.weight, norm.bias, norm.eps))
+    return F.gelu(quarters(second, x).flatten(2, 3))
+
 
 class MedSegR(nn.Module):
     """SAM with its features steered by three texts. Untrained, it gives the masks of the SAM that it was built on."""
@@ -269,7 +295,7 @@ class MedSegR(nn.Module):
         self.config = c = config or Config()
         self.sam, self.sam_hash = build_sam(c)
         PE = self.sam.prompt_encoder.get_dense_pe()  # SAM's positional encoding of the grid, [1,C,H,W]
-        self.register_buffer("PE", PE.contiguous(memory_format=torch.channels_last), persistent=False)
+        self.register_buffer("PE", PE.clone(memory_format=torch.channels_last), persistent=False)
         self.clip = self.perceptual = self.cognitive = self.refine = self.gate = self.align = None
         tune(self.sam.image_encoder, c.tune_encoder, c.lora_rank)
         if c.active_priors or "sem" in c.active_branches:
@@ -429,9 +455,10 @@ class MedSegR(nn.Module):
         tokens = torch.cat([tokens.expand(M, -1, -1), sparse.expand(M, -1, -1)], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)  # as the transformer reads it: a vector per pixel
         hs, src = decoder.transformer(x + dense, self.PE.expand(M, -1, -1, -1), tokens)
-        up = decoder.output_upscaling(src.transpose(1, 2).view(x.shape))
+        up = upscaling(decoder.output_upscaling, src)  # [M,h*w,16,C/8]
         kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])
-        masks = (up.permute(0, 2, 3, 1).flatten(1, 2) @ kernel[..., None]).view(M, *up.shape[-2:])
+        masks = (up.flatten(1, 2) @ kernel[..., None]).view(M, *x.shape[-2:], 2, 2, 2, 2)
+        masks = masks.permute(0, 1, 3, 5, 2, 4, 6).reshape(M, *(4 * n for n in x.shape[-2:]))  # parts in their places
         if text_map is not None:
             text_map = F.interpolate(text_map[:, None], masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
             masks = masks + self.align.to_mask(hs[:, 1])[..., None] * text_map

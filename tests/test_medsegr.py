@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from segment_anything import sam_model_registry
+from segment_anything.modeling.transformer import Attention
 
+import encoders
 import medsegr
 import ops
 from common import ATTRIBUTES, LIGHT, InputError
@@ -34,6 +36,24 @@ def prompts(S, kind, generator):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Identity: an untrained MedSeg-R is the SAM that it was built on
+
+@pytest.mark.parametrize("kind", [encoders.TokensToPixels, encoders.PixelsToTokens])
+@pytest.mark.parametrize("N", [1, 7, 40])
+def test_attention_of_pixels_and_tokens_is_sams(kind, N):
+    """Values, and the gradient of every input and weight."""
+    torch.manual_seed(N)
+    theirs, results = Attention(256, 8, downsample_rate=2).double(), []
+    ours = kind(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    tokens, pixels = torch.randn(2, N, 256).double(), torch.randn(2, 30, 256).double()
+    q, k = (tokens, pixels) if kind is encoders.TokensToPixels else (pixels, tokens)
+    for attention in (ours, theirs):
+        leaves = [x.clone().requires_grad_() for x in (q, k, k + 1)]
+        y = attention(*leaves)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), leaves + list(attention.parameters()))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
 
 def plain_vit_sam(name, file, S):
     """segment-anything's own SAM at S pixels, its weights in `file`; its get_rel_pos interpolates at every call."""
@@ -259,11 +279,11 @@ def test_channel_attention_is_equation_4():
 def test_channels_of_length_one(dtype, tolerance):
     """As F.normalize in float64, for channels of any scale; one of zeros stays zero, also its gradient."""
     x = torch.randn(2, 30, 6, dtype=torch.float64) * torch.tensor([1e-2, 1, 3, 10, 100, 0])
-    y = medsegr.along_space(x.to(dtype).requires_grad_())
+    y = x.to(dtype) / medsegr.length(x.to(dtype))
     expected = F.normalize(x.to(dtype).double(), dim=1)
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     leaf = torch.zeros(1, 4, 2, dtype=dtype, requires_grad=True)
-    medsegr.along_space(leaf).sum().backward()
+    (leaf / medsegr.length(leaf)).sum().backward()
     assert leaf.grad.isfinite().all()
 
 
@@ -380,17 +400,22 @@ def test_empty_text_is_refused(text):
         assert small().encode_attributes([TEXTS[0] | {"texture": text}], empty=True).T_attr.isfinite().all()
 
 
-def test_features_stay_a_vector_per_pixel():
+@pytest.mark.parametrize("M", [1, 5])
+def test_features_stay_a_vector_per_pixel(M):
     """Sums and copies of two layouts take several times as long, forwards and in gradients: each step keeps one."""
     model = small(adapter=True, align=True)
     perturb(model)
     found, features = [], torch.randn(2, 256, 16, 16, requires_grad=True)
-    for module in (model.refine.q[0], model.refine.out, *model.sam.mask_decoder.output_upscaling[::3]):
-        module.register_forward_hook(lambda module, x, y: found.extend((x[0], y)))
-        module.register_full_backward_hook(lambda module, x, y: found.append(y[0]))
-    model.gate.conv.register_forward_hook(lambda module, x, y: found.append(x[0]))
-    masks, _, steps = model.decode(features, INDEX % 2, model.encode_attributes(FIVE), explain=True)
+
+    def watch(module, x, y):
+        found.extend((*x, y))
+        y.register_hook(lambda gradient: found.append(gradient) if M > 1 else None)  # for one target it is copied
+
+    for module in (model.refine.q[1], model.refine.k[1], model.refine.v[1]):
+        module.register_forward_hook(watch)
+    model.gate.register_forward_hook(lambda module, x, y: watch(module, x[0], y[0]))
+    masks, _, steps = model.decode(features, INDEX[:M] % 2, model.encode_attributes(FIVE[:M]), explain=True)
     masks.sum().backward()
     for x in (*found, steps["F_fused"], steps["F_sem"], model.align.on_features(steps["text_map"])):
-        assert x.is_contiguous(memory_format=torch.channels_last), x.shape
-    assert len(found) == 3 * 4 + 1
+        assert x.stride()[1:] == (1, 16 * 256, 256), x.shape  # of one image is_contiguous() is true for both
+    assert len(found) == 3 * 2 + 4 + 4 * (M > 1)
