@@ -293,10 +293,12 @@ class PixelTokenAttention(nn.Module):
         return x.unflatten(0, (self.heads, -1))
 
     def scores(self, tokens, projection, pixels):
-        """Tokens [M,heads,N,D], pixels [M,HW,C] and their projection, C to heads*D -> [M,heads*N,HW]."""
+        """Tokens [M,heads,N,D], pixels [M,HW,C] and their projection, C to heads*D -> [M,heads*N,HW]. Pixels come first in
+        the product, so that their gradient is a vector per pixel as well."""
         tokens = tokens / tokens.shape[-1] ** 0.5
         bias = (tokens @ self.of_heads(projection.bias)[..., None]).flatten(1, 2)
-        return torch.baddbmm(bias, (tokens @ self.of_heads(projection.weight)).flatten(1, 2), pixels.transpose(1, 2))
+        tokens = (tokens @ self.of_heads(projection.weight)).flatten(1, 2)
+        return torch.baddbmm(bias.transpose(1, 2), pixels, tokens.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 class TokensToPixels(PixelTokenAttention):

@@ -453,8 +453,9 @@ class MedSegR(nn.Module):
         sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=masks)
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([tokens.expand(M, -1, -1), sparse.expand(M, -1, -1)], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)  # as the transformer reads it: a vector per pixel
-        hs, src = decoder.transformer(x + dense, self.PE.expand(M, -1, -1, -1), tokens)
+        x, dense, PE = (t.to(x.dtype).contiguous(memory_format=torch.channels_last)  # a vector per pixel
+                        for t in (x, dense, self.PE))
+        hs, src = decoder.transformer(x + dense, PE.expand(M, -1, -1, -1), tokens)
         up = upscaling(decoder.output_upscaling, src)  # [M,h*w,16,C/8]
         kernel = decoder.output_hypernetworks_mlps[0](hs[:, 1])
         masks = (up.flatten(1, 2) @ kernel[..., None]).view(M, *x.shape[-2:], 2, 2, 2, 2)
