@@ -143,7 +143,7 @@ def tiny_vit(encoder, x):
     first, norm, second, last_norm = encoder.neck
     norms = lambda n, x: F.layer_norm(x, x.shape[-1:], n.weight, n.bias, n.eps)  # of the package: over [B,C,H,W]
     x = second(norms(norm, product(first, x)).permute(0, 3, 1, 2))
-    return norms(last_norm, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+    return norms(last_norm, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def convolution_block(block, x):

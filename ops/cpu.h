@@ -41,6 +41,26 @@ template <typename T> inline T sum(Vec<T> v) {
   return lane[0];
 }
 
+// x [M,C,H,W] with its planes one after the other in memory. PyTorch takes up to ten times as long where they lie as a
+// vector of channels per pixel, which the model's features do.
+inline Tensor planes(const Tensor& x) {
+  const int64_t M = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3), lines = (HW + 63) / 64;
+  if (x.is_contiguous() || !x.is_contiguous(at::MemoryFormat::ChannelsLast)) return x.contiguous();
+  const Tensor y = at::empty(x.sizes(), x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "planes", [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, M * lines, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line) {
+        const int64_t m = line / lines, p = line % lines * 64, last = std::min(p + 64, HW);
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t i = p; i < last; ++i) to[(m * C + c) * HW + i] = from[(m * HW + i) * C + c];
+      }
+    });
+  });
+  return y;
+}
+
 // about how many numbers a thread should at least have to compute
 constexpr int64_t GRAIN = 1 << 16;
 

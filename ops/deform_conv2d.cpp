@@ -242,7 +242,7 @@ std::pair<std::vector<double>, int64_t> as_convolution(const Tensor& offset, int
 }  // namespace
 
 Tensor deform_conv2d(const Tensor& x_, const Tensor& offset_, const Tensor& weight_) {
-  const Tensor x = x_.contiguous(), offset = offset_.contiguous(), weight = weight_.contiguous();
+  const Tensor x = planes(x_), offset = offset_.contiguous(), weight = weight_.contiguous();
   const int64_t M = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
   if (x.numel() == 0) return at::empty_like(x);
   const auto [taps, reach] = as_convolution(offset, k);
@@ -259,7 +259,7 @@ Tensor deform_conv2d(const Tensor& x_, const Tensor& offset_, const Tensor& weig
 std::tuple<Tensor, Tensor, Tensor> deform_conv2d_backward(
     const Tensor& grad_, const Tensor& x_, const Tensor& offset_, const Tensor& weight_, bool need_x,
     bool need_offset, bool need_weight) {
-  const Tensor grad = grad_.contiguous(), x = x_.contiguous();
+  const Tensor grad = planes(grad_), x = planes(x_);
   const Tensor offset = offset_.contiguous(), weight = weight_.contiguous();
   const int64_t M = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
   if (x.numel() == 0)

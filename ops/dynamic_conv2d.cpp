@@ -182,7 +182,7 @@ Tensor checked(const Optional& index, int64_t M, int64_t B) {
 }  // namespace
 
 Tensor dynamic_conv2d(const Tensor& x_, const Tensor& weight_, const Optional& gate_, const Optional& index_) {
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous(), gate = gate_ ? gate_->contiguous() : Tensor();
+  const Tensor x = planes(x_), weight = weight_.contiguous(), gate = gate_ ? gate_->contiguous() : Tensor();
   const int64_t M = weight.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
   const Tensor index = checked(index_, M, x.size(0));
   Tensor y = at::empty({M, C, H, W}, x.options());
@@ -202,7 +202,7 @@ Tensor dynamic_conv2d(const Tensor& x_, const Tensor& weight_, const Optional& g
 std::tuple<Tensor, Tensor, Tensor> dynamic_conv2d_backward(
     const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Optional& gate_, const Optional& index_,
     bool need_x, bool need_weight, bool need_gate) {
-  const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor grad = planes(grad_), x = planes(x_), weight = weight_.contiguous();
   const Tensor gate = gate_ ? gate_->contiguous() : Tensor();
   const int64_t M = weight.size(0), C = x.size(1), H = x.size(2), W = x.size(3), k = weight.size(2);
   const Tensor index = checked(index_, M, x.size(0));

@@ -55,6 +55,8 @@ def assert_close(ours, truth, dtype):
 def value_and_gradients(function, inputs, seed=0):
     y = function(*inputs)
     up = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    if inputs[0].is_contiguous(memory_format=torch.channels_last):  # so is the gradient then, in the model
+        up = up.contiguous(memory_format=torch.channels_last)
     return y, *torch.autograd.grad(y, inputs, up.to(y.dtype))
 
 
@@ -125,9 +127,11 @@ def test_gradients(version, seed):
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("seed", range(14))
 def test_every_dtype_is_the_float64_reference_rounded(dtype, seed):
-    """Sizes about and above a SIMD register and a strip of rows, the last four of whole ones; values and the gradient
-    of every input."""
+    """Sizes about and above a SIMD register and a strip of rows, the last four of whole ones, both layouts in memory;
+    values and the gradient of every input."""
     c = random_case(100 + seed, dtype, biggest=40) if seed < 10 else random_case(seed, dtype, biggest=4, multiples=16)
+    if seed % 2:
+        c.x, c.xm = (x.contiguous(memory_format=torch.channels_last) for x in (c.x, c.xm))
     for function, truth, tensors in (
             (lambda x, w, g: ops.dynamic_conv2d(x, w, g, c.index),
              lambda x, w, g: reference.dynamic_conv2d(x, w, g, c.index), (c.x, c.weight, c.gate)),
