@@ -153,7 +153,7 @@ class ChannelCrossAttention(nn.Module):
         F_fused, PE = F_fused.permute(0, 2, 3, 1), PE.permute(0, 2, 3, 1).to(shift.dtype)
         normed = self.norm(F_fused)
         F_attr = torch.addcmul(torch.addcmul(shift, scale, PE), film, normed)
-        q, k, v = (self.project(*both) for both in ((self.q, normed), (self.k, F_attr), (self.v, F_attr)))
+        q, k, v = (self.project(*pair) for pair in ((self.q, normed), (self.k, F_attr), (self.v, F_attr)))
         # [M,C,C]: the heads are blocks of it, and one product of all with all is faster than a copy of each head
         attention = q.transpose(1, 2) @ (k / length(k)) / length(q).transpose(1, 2)
         head = torch.arange(self.heads, device=q.device).repeat_interleave(q.shape[-1] // self.heads)

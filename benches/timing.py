@@ -7,6 +7,8 @@ from multiprocessing import get_context
 import pandas as pd
 import torch
 
+from common import keep_freed_memory
+
 
 def timed(f, n=1):
     """Seconds per call of n calls, on a GPU until all of them are done."""
@@ -57,6 +59,6 @@ def show(title, rows):
 
 
 def in_a_process(f, *args, **options):
-    """f(...) in a fresh process, so that its memory is its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    """f(...) in a fresh process, so that its memory is its own; it keeps freed memory as every command does."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=keep_freed_memory) as pool:
         return pool.submit(f, *args, **options).result()

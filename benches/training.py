@@ -87,8 +87,8 @@ def packages_tiny_vit(encoder, x):
 
 def naive_steps(args, backbone):
     """steps() with every target's image encoded for itself, by the packages' own code."""
-    with (mock.patch.object(encoders, "ViTAttention", lambda attention: attention),
-          mock.patch.object(medsegr, "tiny_vit", packages_tiny_vit)):
+    theirs = {name: lambda attention: attention for name in ("ViTAttention", "TokensToPixels", "PixelsToTokens")}
+    with mock.patch.multiple(encoders, **theirs), mock.patch.object(medsegr, "tiny_vit", packages_tiny_vit):
         return steps(args, backbone, cached=False, naive=True)
 
 
