@@ -1,5 +1,5 @@
-"""What MedSeg-R stands on, all of it frozen: the image encoders of SAM's family, the text towers, and image features
-that are kept on disk.
+"""What MedSeg-R stands on, all of it frozen but SAM's mask decoder: the image encoders of SAM's family, that decoder,
+the text towers, and image features that are kept on disk.
 
     sam, its_hash = build_sam(config)       SAM's three parts for any image size, pretrained
     tower = TextEncoder("minilm")           texts -> tokens
@@ -274,51 +274,6 @@ class ViTAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
 
-class PixelTokenAttention(nn.Module):
-    """The Attention of SAM's mask decoder between the pixels of an image and a few tokens, with its weights under the
-    same names: x (W y) = (x W) y, so that the tokens pass through both projections and the pixels through none; several
-    times as fast for SAM's seven tokens or so."""
-
-    def __init__(self, attention):
-        super().__init__()
-        self.heads, self.q_proj, self.k_proj = attention.num_heads, attention.q_proj, attention.k_proj
-        self.v_proj, self.out_proj = attention.v_proj, attention.out_proj
-
-    def of_tokens(self, projection, x):
-        """[M,N,C] -> [M,heads,N,D]."""
-        return projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-    def of_heads(self, x):
-        """[heads*D,...] -> [heads,D,...]."""
-        return x.unflatten(0, (self.heads, -1))
-
-    def scores(self, tokens, projection, pixels):
-        """Tokens [M,heads,N,D], pixels [M,HW,C] and their projection, C to heads*D -> [M,heads*N,HW]. Pixels come first in
-        the product, so that their gradient is a vector per pixel as well."""
-        tokens = tokens / tokens.shape[-1] ** 0.5
-        bias = (tokens @ self.of_heads(projection.bias)[..., None]).flatten(1, 2)
-        tokens = (tokens @ self.of_heads(projection.weight)).flatten(1, 2)
-        return torch.baddbmm(bias.transpose(1, 2), pixels, tokens.transpose(1, 2)).transpose(1, 2).contiguous()
-
-
-class TokensToPixels(PixelTokenAttention):
-    def forward(self, q, k, v):
-        """Tokens q [M,N,C], pixels k and v [M,HW,C] -> [M,N,C]."""
-        shares = self.scores(self.of_tokens(self.q_proj, q), self.k_proj, k).softmax(-1).to(v.dtype)
-        x = (shares @ v).unflatten(1, (self.heads, -1)) @ self.of_heads(self.v_proj.weight).transpose(1, 2)
-        return self.out_proj(x.transpose(1, 2).flatten(2) + self.v_proj.bias)
-
-
-class PixelsToTokens(PixelTokenAttention):
-    def forward(self, q, k, v):
-        """Pixels q [M,HW,C], tokens k and v [M,N,C] -> [M,HW,C]. The softmax runs over a dimension of tokens before that
-        of pixels: a last dimension of seven takes a CPU five times as long."""
-        scores = self.scores(self.of_tokens(self.k_proj, k), self.q_proj, q)
-        shares = scores.unflatten(1, (self.heads, -1)).softmax(2).flatten(1, 2)
-        values = (self.of_tokens(self.v_proj, v) @ self.of_heads(self.out_proj.weight.T)).flatten(1, 2)  # [M,heads*N,C]
-        return torch.baddbmm(self.out_proj.bias, shares.transpose(1, 2), values)
-
-
 class Adapter(nn.Module):
     """SAM-Med2D's adapter, [B,H,W,C] -> the same shape: weighs the channels, then mixes neighbours on half the grid
     (Cheng et al. 2023, figure 3)."""
@@ -355,6 +310,65 @@ class AdaptedBlock(nn.Module):
         x = x + y
         y = self.norm2(x)
         return x + (self.mlp(y) + self.Adapter(y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAM's mask decoder, the same function in fewer passes over memory
+
+class PixelTokenAttention(nn.Module):
+    """The Attention of SAM's mask decoder between the pixels of an image and a few tokens, with its weights under the
+    same names: x (W y) = (x W) y, so that the tokens pass through both projections and the pixels through none; several
+    times as fast for SAM's seven tokens or so."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.q_proj, self.k_proj = attention.num_heads, attention.q_proj, attention.k_proj
+        self.v_proj, self.out_proj = attention.v_proj, attention.out_proj
+
+    def of_tokens(self, projection, x):
+        """[M,N,C] -> [M,heads,N,D]."""
+        return projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def of_heads(self, x):
+        """[heads*D,...] -> [heads,D,...]."""
+        return x.unflatten(0, (self.heads, -1))
+
+    def scores(self, tokens, projection, pixels):
+        """Tokens [M,heads,N,D], pixels [M,HW,C] and their projection, C to heads*D -> [M,heads*N,HW]. Pixels come first
+        in the product, so that their gradient is a vector per pixel as well."""
+        tokens = tokens / tokens.shape[-1] ** 0.5
+        bias = (tokens @ self.of_heads(projection.bias)[..., None]).flatten(1, 2)
+        tokens = (tokens @ self.of_heads(projection.weight)).flatten(1, 2)
+        return torch.baddbmm(bias.transpose(1, 2), pixels, tokens.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+class TokensToPixels(PixelTokenAttention):
+    def forward(self, q, k, v):
+        """Tokens q [M,N,C], pixels k and v [M,HW,C] -> [M,N,C]."""
+        shares = self.scores(self.of_tokens(self.q_proj, q), self.k_proj, k).softmax(-1).to(v.dtype)
+        x = (shares @ v).unflatten(1, (self.heads, -1)) @ self.of_heads(self.v_proj.weight).transpose(1, 2)
+        return self.out_proj(x.transpose(1, 2).flatten(2) + self.v_proj.bias)
+
+
+class PixelsToTokens(PixelTokenAttention):
+    def forward(self, q, k, v):
+        """Pixels q [M,HW,C], tokens k and v [M,N,C] -> [M,HW,C]. The softmax runs over a dimension of tokens before
+        that of pixels: a last dimension of seven takes a CPU several times as long."""
+        scores = self.scores(self.of_tokens(self.k_proj, k), self.q_proj, q)
+        shares = scores.unflatten(1, (self.heads, -1)).softmax(2).flatten(1, 2)
+        values = (self.of_tokens(self.v_proj, v) @ self.of_heads(self.out_proj.weight.T)).flatten(1, 2)  # [M,heads*N,C]
+        return torch.baddbmm(self.out_proj.bias, shares.transpose(1, 2), values)
+
+
+def upscaling(layers, x):
+    """SAM's output_upscaling, x [M,h*w,C] -> the 4 x 4 parts of each pixel, [M,h*w,16,C/8], the four quarters of each
+    quarter. A transposed convolution of 2 x 2 and stride 2 is a product for every pixel by itself; that it is left with
+    its pixel keeps the memory in order, which takes a CPU longer than the products."""
+    first, norm, _, second, _ = layers
+    quarters = lambda conv, x: F.linear(x, conv.weight.permute(2, 3, 1, 0).flatten(0, 2),
+                                        conv.bias.repeat(4)).unflatten(-1, (4, -1))
+    x = F.gelu(F.layer_norm(quarters(first, x), norm.weight.shape, norm.weight, norm.bias, norm.eps))
+    return F.gelu(quarters(second, x).flatten(2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

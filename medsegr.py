@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from beyond import DenseAlignment, FeatureAdapter, zero
 from common import ATTRIBUTES, InputError, seeded
-from encoders import TextEncoder, build_sam, features_key, tiny_vit, tune
+from encoders import TextEncoder, build_sam, features_key, tiny_vit, tune, upscaling
 from ops import deform_conv2d, dynamic_conv2d
 
 BRANCHES = ("fused", "sem", "sam")  # F_fused, F_sem and F_SAM of table 6
@@ -158,21 +158,21 @@ class ChannelCrossAttention(nn.Module):
         attention = q.transpose(1, 2) @ (k / length(k)) / length(q).transpose(1, 2)
         head = torch.arange(self.heads, device=q.device).repeat_interleave(q.shape[-1] // self.heads)
         attention = (attention * self.temperature[head, 0]).masked_fill(head[:, None] != head, -torch.inf).softmax(-1)
-        # out(v attention'), the two small matrices multiplied first
-        both = self.out.weight.flatten(1) @ attention.to(v.dtype)
-        refined = torch.baddbmm(self.out.bias, v, both.transpose(1, 2))
+        # self.out(v attention^T): the two small matrices are multiplied first
+        mixed = self.out.weight.flatten(1) @ attention.to(v.dtype)
+        refined = torch.baddbmm(self.out.bias, v, mixed.transpose(1, 2))
         return (F_fused + refined.view(F_fused.shape)).permute(0, 3, 1, 2)
 
     def project(self, convolutions, x):
-        """x [M,H,W,C] -> [M,HW,C]. The 1 x 1 convolution as a product: of one image alone a convolution takes the memory
-        to be planes, and copies it."""
+        """x [M,H,W,C] -> [M,HW,C]. The 1 x 1 convolution as a product: of one image alone a convolution takes the
+        memory to be planes, and copies it."""
         mix, depthwise = convolutions
         x = F.linear(x, mix.weight.flatten(1)).permute(0, 3, 1, 2)
         return depthwise(x).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def length(x):
-    """[M,HW,C] -> that of each channel over HW, [M,1,C]; never 0. Takes a CPU a tenth of what torch's norm takes here."""
+    """[M,HW,C] -> that of each channel over HW, [M,1,C]; never 0. On a CPU ten times as fast as torch's norm."""
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1, keepdim=True)
     return squares.clamp(min=max(1e-24, torch.finfo(x.dtype).tiny)).sqrt().to(x.dtype)
 
@@ -275,17 +275,6 @@ class Gate(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
-
-def upscaling(layers, x):
-    """SAM's output_upscaling, x [M,h*w,C] -> the 4 x 4 parts of each pixel, [M,h*w,16,C/8], the four quarters of each
-    quarter. A transposed convolution of 2 x 2 and stride 2 is a product for every pixel by itself; that it is left with
-    its pixel keeps the memory in order, which takes a CPU longer than the products."""
-    first, norm, _, second, _ = layers
-    quarters = lambda conv, x: F.linear(x, conv.weight.permute(2, 3, 1, 0).flatten(0, 2),
-                                        conv.bias.repeat(4)).unflatten(-1, (4, -1))
-    x = F.gelu(F.layer_norm(quarters(first, x), norm.weight.shape, norm.weight, norm.bias, norm.eps))
-    return F.gelu(quarters(second, x).flatten(2, 3))
-
 
 class MedSegR(nn.Module):
     """SAM with its features steered by three texts. Untrained, it gives the masks of the SAM that it was built on."""

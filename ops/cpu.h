@@ -41,7 +41,7 @@ template <typename T> inline T sum(Vec<T> v) {
   return lane[0];
 }
 
-// x [M,C,H,W] with its planes one after the other in memory. PyTorch takes up to ten times as long where they lie as a
+// x [M,C,H,W] with its planes one after the other in memory. PyTorch takes several times as long where they lie as a
 // vector of channels per pixel, which the model's features do.
 inline Tensor planes(const Tensor& x) {
   const int64_t M = x.size(0), C = x.size(1), HW = x.size(2) * x.size(3), lines = (HW + 63) / 64;

@@ -19,7 +19,7 @@ template <typename T> struct Plane {
       : H(H), W(W), k(k), pad(k / 2), stride(round_up(W, LANES<T>) + k - 1), rows(round_up(H, ROWS) + k - 1) {}
   int64_t padded() const { return rows * stride + LANES<T>; }
   int64_t flat() const { return round_up(H, ROWS) * W + LANES<T>; }  // [H,W], and room for what is written beyond it
-  bool whole() const { return H % ROWS == 0 && W % LANES<T> == 0; }  // nothing is
+  bool whole() const { return H % ROWS == 0 && W % LANES<T> == 0; }  // nothing is written beyond it
 };
 
 // src [H,W] (times gate [H,W]) -> the inside of a padded plane, whose borders stay zero; `flat` is scratch
