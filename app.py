@@ -53,23 +53,30 @@ MOST_BYTES, MOST_FILES, MOST_VOXELS = 2 ** 31, 10_000, 2 ** 28  # of an upload, 
 GUIDE = """**1** Take the drawn slice, or upload an image or a volume. **2** Choose a structure, or write three texts of
 your own. **3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
 
-# A drag over the image becomes a box: x0 y0 x1 y1 in its pixels and the time, which makes each drag a new value,
-# written into the hidden text field #dragged. gradio's own click, a point, is kept from following it. The picture lies
-# in the middle of its element (object-fit: contain).
-DRAG = """() => {
-  let img = null, from = null, band = null, dragged = false;
-  const pixel = (x, y) => {
-    const r = img.getBoundingClientRect(), w = img.naturalWidth, h = img.naturalHeight;
-    const scale = Math.min(r.width / w, r.height / h);
-    const inside = (v, n) => Math.max(0, Math.min(n - 1, v));
-    return [inside((x - r.left - (r.width - w * scale) / 2) / scale - 0.5, w),
-            inside((y - r.top - (r.height - h * scale) / 2) / scale - 0.5, h)];
-  };
+# A click on the image becomes a point, x y, and a drag a box, x0 y0 x1 y1, in its pixels. They are written into the
+# hidden text field #hand; the time after them makes each a new value. gradio's own clicks are not used: they miss their
+# place in a picture that is shown larger than it is, and are lost while the picture is loaded anew. The picture lies in
+# the middle of its element (object-fit: contain).
+HAND = """() => {
+  let from = null, band = null, last = Promise.resolve();
+  const pause = () => new Promise(done => setTimeout(done, 20));
+  const place = (box, ...corners) => last = last.catch(() => {}).then(async () => {
+    let img;
+    while ((img = document.querySelector("#image img")) && !img.complete) await pause();
+    const w = img?.naturalWidth, h = img?.naturalHeight, scale = Math.min(box.width / w, box.height / h);
+    if (!w) return;
+    const pixels = corners.flatMap(([x, y]) => [(x - box.left - (box.width - w * scale) / 2) / scale - 0.5,
+                                                (y - box.top - (box.height - h * scale) / 2) / scale - 0.5]);
+    const within = pixels.map((v, n) => Math.max(0, Math.min((n % 2 ? h : w) - 1, v)));
+    if (corners.length == 1 && pixels.some((v, n) => Math.abs(v - within[n]) > 0.5)) return;  // beside the picture
+    const field = document.querySelector("#hand textarea, #hand input");
+    field.value = [...within, Date.now()].map(v => v.toFixed(1)).join(" ");
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+    await pause();  // or the next one would take its place before gradio has seen it
+  });
   addEventListener("dragstart", e => { if (e.target.closest("#image img")) e.preventDefault(); });
   addEventListener("pointerdown", e => {
-    dragged = false;
-    if (e.button || !e.target.matches("#image img")) return;
-    img = e.target; from = [e.clientX, e.clientY];
+    if (!e.button && e.target.matches("#image img")) from = [e.clientX, e.clientY];
   }, true);
   addEventListener("pointermove", e => {
     if (!from || !band && Math.hypot(e.clientX - from[0], e.clientY - from[1]) < 6) return;
@@ -78,16 +85,11 @@ DRAG = """() => {
       width: Math.abs(e.clientX - from[0]) + "px", height: Math.abs(e.clientY - from[1]) + "px"});
   }, true);
   addEventListener("pointerup", e => {
-    if (band) {
-      const field = document.querySelector("#dragged textarea, #dragged input");
-      band.remove(); dragged = true;
-      field.value = [...pixel(...from), ...pixel(e.clientX, e.clientY), Date.now()].map(v => v.toFixed(1)).join(" ");
-      field.dispatchEvent(new Event("input", {bubbles: true}));
-    }
-    from = band = null;
+    const to = [e.clientX, e.clientY], box = document.querySelector("#image img")?.getBoundingClientRect();
+    if (from && box) band ? place(box, from, to) : place(box, to);
+    band?.remove(); from = band = null;
   }, true);
   addEventListener("pointercancel", () => { band?.remove(); from = band = null; }, true);
-  addEventListener("click", e => { if (dragged && e.target.closest("#image")) e.stopPropagation(); }, true);
 }"""
 
 
@@ -249,9 +251,9 @@ def click(clicks, kind, x, y):
     return clicks | dict(points=[*clicks["points"], [x, y]], labels=[*clicks["labels"], int(kind == CLICKS[0])])
 
 
-def drag(clicks, dragged):
-    """The clicks with the box "x0 y0 x1 y1 ...", two opposite corners in any order, in place of an earlier one."""
-    corners = np.array(dragged.split()[:4], float).reshape(2, 2)
+def drag(clicks, x0, y0, x1, y1):
+    """The clicks with the box of two opposite corners, in any order, in place of an earlier one."""
+    corners = np.array([[x0, y0], [x1, y1]], float)
     return clicks | dict(box=[*corners.min(0).tolist(), *corners.max(0).tolist()])
 
 
@@ -322,7 +324,8 @@ def build(model, texts, about, precision="float32"):
     # what was uploaded and drawn is deleted after an hour, and by main() when the page is stopped
     with gr.Blocks(title="MedSeg-R", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# MedSeg-R\n{GUIDE}\n\nModel: {about}. Research only, not for diagnosis.")
-        # of each slice that has some, {z: ...}, its clicks, and its mask with what was said of it; an image is slice 0
+        # {z: ...} of each slice that has some: its clicks; its mask, what was said of it, the clicks it was found with;
+        # an image is slice 0
         scan, clicks, masks, turn = gr.State(Scan("drawn", drawn())), gr.State({}), gr.State({}), gr.State(0)
         with gr.Row():
             with gr.Column():
@@ -331,7 +334,7 @@ def build(model, texts, about, precision="float32"):
                 z = Slices(0, 1, 0, step=1, label="slice, from the feet", elem_id="slice", visible=False)
                 window = gr.Radio(list(WINDOWS), value=USUAL, label="CT's window; the model, too, sees what is shown",
                                   elem_id="window", visible=False)
-                dragged = gr.Textbox(visible="hidden", elem_id="dragged")
+                hand = gr.Textbox(visible="hidden", elem_id="hand")
                 kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a point")
                 with gr.Row():
                     clear = gr.Button("Clear points and box", elem_id="clear")
@@ -369,38 +372,38 @@ def build(model, texts, about, precision="float32"):
                 return show(read(paths, series, modality))
 
         def look(scan, z, window, clicks, masks):
-            pixels, own = slice_of(scan, z, window), clicks.get(z, NOTHING)
-            mask, line = masks.get(z, (None, described(scan)))
-            return marked(pixels, own), None if mask is None else marked(pixels, own, mask), line
+            pixels = slice_of(scan, z, window)
+            mask, line, used = masks.get(z, (None, described(scan), None))
+            return marked(pixels, clicks.get(z, NOTHING)), None if mask is None else marked(pixels, used, mask), line
 
-        def mark(scan, z, window, clicks, own):
-            return clicks | {z: own}, marked(slice_of(scan, z, window), own)
-
-        def on_click(scan, z, window, clicks, kind, event: gr.SelectData):
-            return mark(scan, z, window, clicks, click(clicks.get(z, NOTHING), kind, *event.index))
-
-        def on_drag(scan, z, window, clicks, dragged):
-            return mark(scan, z, window, clicks, drag(clicks.get(z, NOTHING), dragged))
+        def on_hand(z, clicks, kind, hand):
+            own, (*place, _) = clicks.get(z, NOTHING), map(float, hand.split())
+            return clicks | {z: drag(own, *place) if len(place) == 4 else click(own, kind, *place)}
 
         def next_slice(number):
             number = (number + 1) % 32
             return show(Scan("drawn", drawn(number))) | {turn: number}
 
         def on_find(scan, z, window, clicks, masks, name, more, *three):
+            own = clicks.get(z, NOTHING)
             with told():
-                *found, picture = find(model, scan, z, window, clicks.get(z, NOTHING), name, three, more, precision)
-            return masks | {z: found}, picture
+                mask, line, picture = find(model, scan, z, window, own, name, three, more, precision)
+            return masks | {z: (mask, line, own)}, picture
 
         def on_whole(scan, window, clicks, name, position, texture, shape, progress=gr.Progress(track_tqdm=True)):
             with told():
                 found, line, path = find_all(model, scan, window, clicks, name, (position, texture, shape), precision)
-            return {z: (part > 0, line) for z, part in enumerate(found)}, gr.DownloadButton(
-                f"Download (NIfTI) {line}", value=path, visible=True)
+            return ({z: (part > 0, line, clicks.get(z, NOTHING)) for z, part in enumerate(found)},
+                    gr.DownloadButton(f"Download (NIfTI) {line}", value=path, visible=True))
 
         fresh = [scan, clicks, masks, image, z, window, whole, label, said, shown, explained]
-        at, seen = [scan, z, window, clicks], [image, shown, said]
+        at = [scan, z, window, clicks]
         busy = dict(concurrency_id="scan", concurrency_limit=1)  # nothing new is opened while something is looked for
-        quick = dict(show_progress="hidden")  # a veil over the image would swallow the next click
+        # a veil over the image would swallow the next click
+        marks = dict(concurrency_id="marks", concurrency_limit=1, trigger_mode="multiple", show_progress="hidden")
+        # the slice that is looked at by now, with what belongs to it
+        seeing = dict(fn=look, inputs=[*at, masks], outputs=[image, shown, said], trigger_mode="always_last",
+                      show_progress="hidden")
         # shown as it was read: a browser knows neither 16 bits nor TIFF
         image.upload(lambda new: show(Scan("image", new)), image, fresh, **busy)
         image.clear(lambda: show(None), None, fresh, **busy)
@@ -408,17 +411,14 @@ def build(model, texts, about, precision="float32"):
         series.submit(on_files, [files, series, modality], fresh, **busy)
         another.click(next_slice, turn, [turn, *fresh], **busy)
         for event in (z.input, window.input):
-            event(look, [*at, masks], seen, trigger_mode="always_last", **quick)
-        image.select(on_click, [*at, kind], [clicks, image], **quick)
-        dragged.change(on_drag, [*at, dragged], [clicks, image], **quick)
-        clear.click(lambda *at: mark(*at, NOTHING), at, [clicks, image], **quick)
+            event(**seeing)
+        hand.change(on_hand, [z, clicks, kind, hand], clicks, **marks).success(**seeing)
+        clear.click(lambda z, clicks: clicks | {z: NOTHING}, [z, clicks], clicks, **marks).success(**seeing)
         for event in (name.select, name.change, modality.select):  # a name that is typed is not selected
             event(fill, [name, modality], boxes)
-        # then of the slice that is looked at by now
-        button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(
-            look, [*at, masks], seen, **quick)
+        button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(**seeing)
         whole.click(on_whole, [scan, window, clicks, name, *boxes], [masks, label], show_progress_on=shown, **busy
-                    ).success(look, [*at, masks], seen, **quick)
+                    ).success(**seeing)
     return page
 
 
@@ -442,7 +442,7 @@ def main():
         page = build(model, texts, about, precision)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port, share=False, show_error=True, footer_links=[],
-                        max_file_size=MOST_BYTES, css=STYLE, js=DRAG, quiet=True, run_history=False,
+                        max_file_size=MOST_BYTES, css=STYLE, js=HAND, quiet=True, run_history=False,
                         theme=gr.themes.Default(font=["system-ui"], font_mono=["monospace"]))  # no web fonts
         except OSError as e:
             raise InputError(f"--port {args.port}: {e}; give another") from None

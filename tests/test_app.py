@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from common import LIGHT
 from conftest import ROOT, fails
@@ -35,6 +36,7 @@ import app  # noqa: E402
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run"]
+CLEAR_IMAGE = "[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']"
 
 
 def test_clicks():
@@ -42,7 +44,7 @@ def test_clicks():
     for kind, x in zip((*app.CLICKS, app.CLICKS[0]), range(3)):
         clicks = app.click(clicks, kind, x, x + 1)
     assert clicks == dict(points=[[0, 1], [1, 2], [2, 3]], labels=[1, 0, 1], box=None)
-    clicks = app.drag(app.drag(clicks, "0 0 9.5 9"), "30 4 2.5 11 1764000000000.0")
+    clicks = app.drag(app.drag(clicks, 0, 0, 9.5, 9), 30, 4, 2.5, 11)
     assert clicks["box"] == [2.5, 4, 30, 11] and len(clicks["points"]) == 3
     assert app.NOTHING == dict(points=[], labels=[], box=None)
     image = np.zeros((37, 91, 3), np.uint8)
@@ -261,7 +263,7 @@ def test_a_whole_volume(small, tmp_path, monkeypatch):
     texts, path = ("left", "bright", "round"), tmp_path / "x.nii.gz"
     volume_file(path, (2, 0, 1), (1, 0, 1))
     scan, asked = app.read([path]), [dict(zip(app.ATTRIBUTES, texts))]
-    boxed = app.drag(app.NOTHING, "0 0 3 4")
+    boxed = app.drag(app.NOTHING, 0, 0, 3, 4)
     clicks = {1: boxed, 2: app.NOTHING, 3: app.click(app.NOTHING, app.CLICKS[0], 2, 2)}
     label, said, file = app.find_all(small, scan, app.USUAL, clicks, "", texts)
     truth, _ = predict_volume(small, read_nifti(path, None, "ct")[0], asked, progress=False)
@@ -343,30 +345,86 @@ def new_picture(page, act):
     page.wait_for_function(f"document.querySelector('#image img').src != {before!r}", timeout=60_000)
 
 
-def test_points_and_a_box(page):
-    """A click is a point, a drag a box and no point; both lie where the hand was."""
+def hand_over(page):
+    """-> at(x, y): where on the page a pixel of the picture lies, whose size it is shown in has another scale."""
     picture = page.locator("#image img")
     picture.scroll_into_view_if_needed()
-    box = picture.bounding_box()
-    side = min(box["width"], box["height"])  # the square picture, in the middle of its element
-    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-    at = lambda x, y: (left + x * side, top + y * side)
+    box, (w, h) = picture.bounding_box(), picture.evaluate("img => [img.naturalWidth, img.naturalHeight]")
+    scale = min(box["width"] / w, box["height"] / h)
+    left, top = box["x"] + (box["width"] - w * scale) / 2, box["y"] + (box["height"] - h * scale) / 2
+    return lambda x, y: (left + (x + 0.5) * scale, top + (y + 0.5) * scale)
 
-    def dragging():
-        page.mouse.move(*at(0.6, 0.7))
+
+def crosses(page, before, count):
+    """Waits for the crosses of that many points in the picture -> their centres [count,2] from left to right."""
+    for _ in range(120):
+        changed, _ = ndimage.label(np.abs(picture_of(page) - before).max(2) > 60, np.ones((3, 3)))
+        places = [[(part[1].start + part[1].stop - 1) / 2, (part[0].start + part[0].stop - 1) / 2]
+                  for part in ndimage.find_objects(changed) if min(np.ptp([part[0].start, part[0].stop]),
+                                                                   np.ptp([part[1].start, part[1].stop])) > 4]
+        if len(places) == count:
+            return np.array(sorted(places))
+        page.wait_for_timeout(500)
+    raise AssertionError(f"{len(places)} crosses at {places}, not {count}")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 90), (900, 1300)])
+def test_points_lie_where_the_hand_was(page, tmp_path, size):
+    """In pictures shown larger and smaller than they are; also those of fast clicks, and of clicks while the picture
+    with the last point is loaded. Beside the picture there is no point."""
+    gray = np.full((size[1], size[0]), 60, np.uint8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    page.click(CLEAR_IMAGE)
+    page.set_input_files("#image input[type=file]", tmp_path / "gray.png")
+    page.wait_for_function("""(size) => {
+        const img = document.querySelector("#image img");
+        return img?.complete && img.naturalWidth == size[0] && img.naturalHeight == size[1]
+    }""", arg=size, timeout=60_000)
+    at, empty, held = hand_over(page), picture_of(page), []
+    truth = np.array([[0.15, 0.3], [0.3, 0.8], [0.5, 0.5], [0.7, 0.2], [0.85, 0.7]]) * size
+    page.route("**/file=**", lambda route: held.append(route))  # the picture with a point, which the browser waits for
+    page.mouse.click(*at(*truth[0]))
+    for _ in range(120):
+        page.wait_for_timeout(500)
+        if held:
+            break
+    assert not page.locator("#image img").evaluate("img => img.complete")
+    for place in truth[1:]:
+        page.mouse.click(*at(*place))
+    for route in held:  # and those that come meanwhile
+        route.continue_()
+    page.unroute("**/file=**")
+    places = crosses(page, empty, 5)
+    assert np.abs(places - truth).max() < max(1.5, max(size) / 200)
+    if size[0] != size[1]:
+        page.mouse.click(*at(*([size[0] * 0.5, -9] if size[0] > size[1] else [-99, size[1] * 0.5])))
+        page.wait_for_timeout(2000)
+        assert np.array_equal(crosses(page, empty, 5), places)
+
+
+def test_points_and_a_box(page):
+    """A click is a point, a drag a box and no point, also one that ends beside the picture."""
+    new_picture(page, lambda: page.click("#another"))
+    at = hand_over(page)
+
+    def dragging(to):
+        page.mouse.move(*at(150, 180))
         page.mouse.down()
-        page.mouse.move(*at(0.4, 0.5), steps=3)
+        page.mouse.move(*at(100, 120), steps=3)
         assert page.locator("#band").count() == 1
-        page.mouse.move(*at(0.2, 0.2), steps=3)
+        page.mouse.move(*at(*to), steps=3)
         page.mouse.up()
         assert page.locator("#band").count() == 0
 
-    new_picture(page, dragging)
-    dragged = np.array(page.input_value("#dragged textarea, #dragged input").split()[:4], float)
-    assert np.abs(dragged - np.array([0.6, 0.7, 0.2, 0.2]) * 256).max() < 2
-    new_picture(page, lambda: page.mouse.click(*at(0.3, 0.3)))
+    new_picture(page, lambda: dragging((-30, 200)))
+    new_picture(page, lambda: dragging((50, 52)))
+    *dragged, _ = page.input_value("#hand textarea, #hand input").split()
+    assert np.abs(np.array(dragged, float) - [150, 180, 50, 52]).max() < 2
+    new_picture(page, lambda: page.mouse.click(*at(77, 77)))
     assert "pixels" in press_find(page, "pixels")  # LiteMedSAM with a box finds something
+    before = picture_of(page, "#mask")
     new_picture(page, lambda: page.click("#clear"))
+    assert np.array_equal(picture_of(page, "#mask"), before)  # a mask keeps the clicks that it was found with
 
 
 def test_a_structure_that_is_typed(page):
@@ -386,15 +444,14 @@ def test_a_structure_that_is_typed(page):
 
 
 def test_bad_uploads(page, tmp_path):
-    away = "[aria-label='Clear'], [aria-label='Remove Image'], #image button[title='Clear']"
-    page.click(away)
+    page.click(CLEAR_IMAGE)
     page.click("#find")
     page.wait_for_selector("text=There is no image", timeout=60_000)
     (tmp_path / "bad.png").write_bytes(b"this is no picture")
     page.set_input_files("#image input[type=file]", tmp_path / "bad.png")
     page.wait_for_selector("text=bad.png: is no PNG", timeout=60_000)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90), dtype=np.uint8)).save(tmp_path / "good.png")
-    page.click(away)  # the same page goes on
+    page.click(CLEAR_IMAGE)  # the same page goes on
     page.set_input_files("#image input[type=file]", tmp_path / "good.png")
     page.wait_for_selector("#image img", timeout=60_000)
     page.fill("#position textarea", "   ")
