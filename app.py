@@ -229,11 +229,13 @@ def drawn(number=0):
 
 
 def marked(image, clicks, mask=None, name="mask"):
-    """The image uint8 [H,W,3] with the clicks and the mask on it, in the same size: clicks lie where they were made."""
+    """The image uint8 [H,W,3] with the clicks and the mask on it, in the same size: clicks lie where they were made.
+    Marks grow with the image, which is shown in one size."""
     if image is None:
         return None
     h, w = image.shape[:2]
-    figure = plt.figure(figsize=(w / 100, h / 100), dpi=100)
+    dpi = max(50, max(h, w) / 3)  # below 50 a line is less than a pixel wide
+    figure = plt.figure(figsize=(w / dpi, h / dpi), dpi=dpi)
     axis = figure.add_axes((0, 0, 1, 1))
     plots.overlay(axis, image, [(name, mask)] if mask is not None and mask.any() else [], {name: plots.COLOURS[0]},
                   most=max(h, w))
@@ -340,7 +342,7 @@ def build(model, texts, about, precision="float32"):
                     clear = gr.Button("Clear points and box", elem_id="clear")
                     another = gr.Button("Another drawn slice", elem_id="another")
                 with gr.Row():
-                    files = gr.File(label="a volume: NIfTI, DICOM files together, or a zip of them", elem_id="files",
+                    files = gr.File(label="a volume: NIfTI, DICOM, zip", elem_id="files",
                                     file_count="multiple", height=140)
                     series = gr.Textbox(label="series", info="if there are several: its number", elem_id="series")
             with gr.Column():
@@ -355,7 +357,7 @@ def build(model, texts, about, precision="float32"):
                 said = gr.Markdown(elem_id="said")
                 label = gr.DownloadButton("Download the volume's mask (NIfTI)", elem_id="label", visible=False)
         shown = gr.Image(label="mask", elem_id="mask", interactive=False, height=400, buttons=["download"])
-        explained = gr.Image(label="what the texts did", format="png", elem_id="explained", interactive=False,
+        explained = gr.Image(show_label=False, format="png", elem_id="explained", interactive=False,
                              buttons=["download", "fullscreen"])
 
         def show(new):

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from common import whole  # noqa: E402
@@ -122,12 +123,14 @@ def matrices(panels, path, title, high=1.0):
 # One's own image
 
 def prompts(axis, box=None, points=()):
-    """Draws a box (x0, y0, x1, y1) and points ((x, y), label): + inside, x outside."""
+    """Draws a box (x0, y0, x1, y1) and points ((x, y), label): + inside, x outside; white, with a black edge."""
     if box is not None:
         x0, y0, x1, y1 = box
-        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--"))
+        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--",
+                                     path_effects=[withStroke(linewidth=2.5, foreground="black")]))
     for (x, y), label in points:
-        axis.plot(x, y, marker="+" if label else "x", color="white", markersize=10, markeredgewidth=2)
+        axis.plot(x, y, marker="+" if label else "x", color="white", markersize=10, markeredgewidth=2,
+                  path_effects=[withStroke(linewidth=4, foreground="black")])
 
 
 def contour(axis, mask, **style):
