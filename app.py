@@ -5,7 +5,9 @@
 
 It runs on this machine (127.0.0.1) and sends nothing anywhere.
 """
+import html
 import io
+import itertools
 import os
 import re
 import signal
@@ -36,7 +38,7 @@ from inference import UNSURE, choose_precision, explain, predict_image, predict_
 from medsegr import Config, MedSegR  # noqa: E402
 from readers.demo import Demo  # noqa: E402
 from readers.dicom import is_dicom, read_dicom  # noqa: E402
-from readers.pictures import gray_to_rgb, read_image  # noqa: E402
+from readers.pictures import gray_to_rgb, picture_format, read_image  # noqa: E402
 from readers.volumes import Grid, first_bytes, gray, is_nifti, read_values, write_nifti  # noqa: E402
 from runs import default_checkpoint, load_checkpoint  # noqa: E402
 from texts import Texts, own_texts  # noqa: E402
@@ -54,42 +56,53 @@ GUIDE = """**1** Take the drawn slice, or upload an image or a volume. **2** Cho
 your own. **3** If you like, help on the image: click points, or drag a box. **4** Press *Find*."""
 
 # A click on the image becomes a point, x y, and a drag a box, x0 y0 x1 y1, in its pixels. They are written into the
-# hidden text field #hand; the time after them makes each a new value. gradio's own clicks are not used: they miss their
-# place in a picture that is shown larger than it is, and are lost while the picture is loaded anew. The picture lies in
-# the middle of its element (object-fit: contain).
+# hidden text field #hand, one after the other; the time after them makes each a new value. gradio's own clicks are not
+# used: they miss their place in a picture that is shown larger than it is, and are lost while the picture is loaded
+# anew. The picture lies in the middle of its element (object-fit: contain).
 HAND = """() => {
   let from = null, band = null, last = Promise.resolve();
   const pause = () => new Promise(done => setTimeout(done, 20));
-  const place = (box, ...corners) => last = last.catch(() => {}).then(async () => {
-    let img;
-    while ((img = document.querySelector("#image img")) && !img.complete) await pause();
-    const w = img?.naturalWidth, h = img?.naturalHeight, scale = Math.min(box.width / w, box.height / h);
-    if (!w) return;
-    const pixels = corners.flatMap(([x, y]) => [(x - box.left - (box.width - w * scale) / 2) / scale - 0.5,
-                                                (y - box.top - (box.height - h * scale) / 2) / scale - 0.5]);
-    const within = pixels.map((v, n) => Math.max(0, Math.min((n % 2 ? h : w) - 1, v)));
-    if (corners.length == 1 && pixels.some((v, n) => Math.abs(v - within[n]) > 0.5)) return;  // beside the picture
+  const picture = () => document.querySelector("#image img");
+  const send = made => last = last.catch(() => {}).then(async () => {
+    while (picture() && !picture().complete) await pause();
+    const words = made();
+    if (!words) return;
     const field = document.querySelector("#hand textarea, #hand input");
-    field.value = [...within, Date.now()].map(v => v.toFixed(1)).join(" ");
+    field.value = [...words, Date.now()].join(" ");
     field.dispatchEvent(new Event("input", {bubbles: true}));
     await pause();  // or the next one would take its place before gradio has seen it
   });
+  const place = (box, ...corners) => send(() => {
+    const w = picture()?.naturalWidth, h = picture()?.naturalHeight, scale = Math.min(box.width / w, box.height / h);
+    if (!w) return null;
+    const pixels = corners.flatMap(([x, y]) => [(x - (box.width - w * scale) / 2) / scale - 0.5,
+                                                (y - (box.height - h * scale) / 2) / scale - 0.5]);
+    const within = pixels.map((v, n) => Math.max(0, Math.min((n % 2 ? h : w) - 1, v)));
+    const beside = corners.length == 1 && pixels.some((v, n) => Math.abs(v - within[n]) > 0.5);
+    return beside ? null : within.map(v => v.toFixed(1));
+  });
+  const at = (e, box) => [e.clientX - box.left, e.clientY - box.top];  // of the image's corner: the page may scroll
+  const end = () => { band?.remove(); from = band = null; };
   addEventListener("dragstart", e => { if (e.target.closest("#image img")) e.preventDefault(); });
   addEventListener("pointerdown", e => {
-    if (!e.button && e.target.matches("#image img")) from = [e.clientX, e.clientY];
+    end();  // a second finger ends what the first began
+    if (e.isPrimary && !e.button && e.target.matches("#image img")) from = at(e, picture().getBoundingClientRect());
   }, true);
   addEventListener("pointermove", e => {
-    if (!from || !band && Math.hypot(e.clientX - from[0], e.clientY - from[1]) < 6) return;
+    const box = picture()?.getBoundingClientRect();
+    if (!from || !box || !band && Math.hypot(at(e, box)[0] - from[0], at(e, box)[1] - from[1]) < 6) return;
     if (!band) { band = document.createElement("div"); band.id = "band"; document.body.append(band); }
-    Object.assign(band.style, {left: Math.min(from[0], e.clientX) + "px", top: Math.min(from[1], e.clientY) + "px",
-      width: Math.abs(e.clientX - from[0]) + "px", height: Math.abs(e.clientY - from[1]) + "px"});
+    const x = from[0] + box.left, y = from[1] + box.top;
+    Object.assign(band.style, {left: Math.min(x, e.clientX) + "px", top: Math.min(y, e.clientY) + "px",
+      width: Math.abs(e.clientX - x) + "px", height: Math.abs(e.clientY - y) + "px"});
   }, true);
   addEventListener("pointerup", e => {
-    const to = [e.clientX, e.clientY], box = document.querySelector("#image img")?.getBoundingClientRect();
-    if (from && box) band ? place(box, from, to) : place(box, to);
-    band?.remove(); from = band = null;
+    const box = picture()?.getBoundingClientRect();
+    if (from && box) band ? place(box, from, at(e, box)) : place(box, at(e, box));
+    end();
   }, true);
-  addEventListener("pointercancel", () => { band?.remove(); from = band = null; }, true);
+  addEventListener("pointercancel", end, true);
+  addEventListener("click", e => { if (e.target.closest("#clear")) send(() => ["clear"]); }, true);
 }"""
 
 
@@ -118,6 +131,23 @@ class Scan(NamedTuple):
     grid: Grid | None = None  # of a volume
     window: tuple | None = None  # what is black and white, unless another is chosen
     assumed: str = ""  # what had to be assumed to read it: sentences that follow on a line, or none
+
+
+class Opened:
+    """A Scan that was opened, and what was done on it since, by its slices; an image is slice 0. Events change it in
+    place: what is found after another one was opened stays with its own."""
+    numbers = itertools.count()
+
+    def __init__(self, scan):
+        self.scan, self.number = scan, next(Opened.numbers)
+        self.depth = len(scan.pixels) if scan and scan.grid else 0  # of a volume
+        self.clicks = {}  # {z: as NOTHING}
+        self.found = {}  # {z: (mask bool [H,W], a line about it, the clicks it was found with, an explanation or None)}
+        self.volume = None  # found in all slices: (label uint8 [D,H,W], what was asked, a line about it, its file)
+
+    def own(self, z):
+        """The clicks of a slice."""
+        return self.clicks.get(z, NOTHING)
 
 
 def placed(folder, number, name):
@@ -156,6 +186,11 @@ def read(paths, series="", modality="ct"):
     if not paths:
         raise InputError("There is no file: upload one.")
     name = Path(paths[0]).name if len(paths) == 1 else f"{len(paths)} files"
+    for path in paths:
+        if not Path(path).exists():
+            raise InputError(f"{Path(path).name}: is deleted here, as every upload is after an hour; upload it again")
+        if len(paths) > 1 and not is_dicom(path) and (is_nifti(path) or picture_format(path)):
+            raise InputError(f"{name}: {Path(path).name} is no DICOM file; upload one volume or picture at a time")
     with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
         folder, assumed = Path(folder), []
         as_known = lambda line: re.sub(rf"({re.escape(str(folder))}/)?upload\d+-", "", line).replace(str(folder), name)
@@ -216,11 +251,12 @@ class Picture(gr.Image):
 
 
 class Slices(gr.Slider):
-    """gradio's Slider, of whole numbers; while another one is typed, its field is empty: the first."""
+    """gradio's Slider, of whole numbers; while another one is typed, its field is empty: the first. Whether there is
+    such a slice is asked of the volume: another one may be open by now."""
     is_template = True
 
     def preprocess(self, payload):
-        return super().preprocess(round(payload or 0))
+        return round(payload or 0)
 
 
 def drawn(number=0):
@@ -274,6 +310,11 @@ def as_target(scan, texts):
     return [dict(zip(ATTRIBUTES, texts))]
 
 
+def through(scan, window):
+    """Says that a volume was not looked at through its usual window."""
+    return f"; {window} window" if scan.grid and window != USUAL else ""
+
+
 def find(model, scan, z, window, clicks, name, texts, with_explanation, precision="float32"):
     """One image or slice -> (its mask bool [H,W], a line about it, the explanation or None)."""
     target, prompts, picture, name = as_target(scan, texts), as_prompts(clicks), None, name or "structure"
@@ -288,7 +329,7 @@ def find(model, scan, z, window, clicks, name, texts, with_explanation, precisio
     if mask.any():
         said = (f"{name}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
                 f"{answer.iou[0]:.2f}")
-    return mask, said, picture
+    return mask, said + through(scan, window), picture
 
 
 def find_all(model, scan, window, clicks, name, texts, precision="float32"):
@@ -300,12 +341,17 @@ def find_all(model, scan, window, clicks, name, texts, precision="float32"):
     for z, own in clicks.items():
         if own != NOTHING:
             label[z] = predict_image(model, gray_to_rgb(volume[z]), target, *as_prompts(own), precision).masks[0]
+    return label, *write(scan, label, name, through(scan, window))
+
+
+def write(scan, label, name, window=""):
+    """The NIfTI file of a volume's label -> (a line about it, its path)."""
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
     path = folder / (re.sub(r"\.(nii(\.gz)?|zip|dcm)$", "", scan.name, flags=re.I) + "-label.nii.gz")
     write_nifti(path, label, scan.grid)
     count, ml = np.count_nonzero(label), abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
     said = f"{name}: {count} voxels, {count * ml:.1f} ml, in {label.any((1, 2)).sum()} of {len(label)} slices"
-    return label, said + scan.assumed, str(path)
+    return said + window + scan.assumed, str(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,30 +362,36 @@ def build(model, texts, about, precision="float32"):
     names, first = list(texts.classes), "liver" if "liver" in texts.classes else next(iter(texts.classes))
     first_modality = texts.modalities(first)[0] or "ct"
 
-    def fill(name, modality):
-        if name not in names:  # one's own name, for texts of one's own
-            return gr.skip()
+    def words(name, modality):
         with told():
             triple = texts(name, modality)
             return [triple[a] for a in ATTRIBUTES]
 
+    def fill(name, modality):
+        """The boxes, and whose texts are in them."""
+        return [*words(name, modality), f"{name} {modality}"] if name in names else gr.skip()  # one's own name
+
+    def asked(name, modality, filled, three):
+        """The texts in the boxes, or of a structure that was chosen a moment ago its own, which are not there yet."""
+        return words(name, modality) if name in names and filled != f"{name} {modality}" else list(three)
+
     # what was uploaded and drawn is deleted after an hour, and by main() when the page is stopped
     with gr.Blocks(title="MedSeg-R", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# MedSeg-R\n{GUIDE}\n\nModel: {about}. Research only, not for diagnosis.")
-        # {z: ...} of each slice that has some: its clicks; its mask, what was said of it, the clicks it was found with;
-        # an image is slice 0
-        scan, clicks, masks, turn = gr.State(Scan("drawn", drawn())), gr.State({}), gr.State({}), gr.State(0)
+        start = Opened(Scan("drawn", drawn()))
+        opened, turn = gr.State(start), gr.State(0)
         with gr.Row():
             with gr.Column():
-                image = Picture(drawn(), type="numpy", label="image: click points, drag a box", elem_id="image",
-                                 sources=["upload", "clipboard"], height=400, buttons=[])
+                image = Picture(start.scan.pixels, type="numpy", label="image: click points, drag a box",
+                                elem_id="image", sources=["upload", "clipboard"], height=400, buttons=[], format="png")
                 z = Slices(0, 1, 0, step=1, label="slice, from the feet", elem_id="slice", visible=False)
                 window = gr.Radio(list(WINDOWS), value=USUAL, label="CT's window; the model, too, sees what is shown",
                                   elem_id="window", visible=False)
                 hand = gr.Textbox(visible="hidden", elem_id="hand")
+                seen = gr.Textbox(f"{start.number} 0", visible="hidden")  # which Opened, and slice, the image shows
                 kind = gr.Radio(CLICKS, value=CLICKS[0], label="a click is a point")
                 with gr.Row():
-                    clear = gr.Button("Clear points and box", elem_id="clear")
+                    gr.Button("Clear points and box", elem_id="clear")  # heard by HAND
                     another = gr.Button("Another drawn slice", elem_id="another")
                 with gr.Row():
                     files = gr.File(label="a volume: NIfTI, DICOM, zip", elem_id="files",
@@ -350,77 +402,101 @@ def build(model, texts, about, precision="float32"):
                     name = gr.Dropdown(names, value=first, label="structure", allow_custom_value=True, elem_id="name")
                     modality = gr.Dropdown(list(MODALITIES), value=first_modality, label="modality")
                 boxes = [gr.Textbox(value, label=a, lines=2, elem_id=a)
-                         for a, value in zip(ATTRIBUTES, fill(first, first_modality))]
+                         for a, value in zip(ATTRIBUTES, words(first, first_modality))]
+                filled = gr.Textbox(f"{first} {first_modality}", visible="hidden")
                 more = gr.Checkbox(True, label="explain what the texts did")
                 button = gr.Button("Find", variant="primary", elem_id="find")
                 whole = gr.Button("Find in all slices", elem_id="whole", visible=False)
-                said = gr.Markdown(elem_id="said")
+                said = gr.HTML(elem_id="said")
                 label = gr.DownloadButton("Download the volume's mask (NIfTI)", elem_id="label", visible=False)
-        shown = gr.Image(label="mask", elem_id="mask", interactive=False, height=400, buttons=["download"])
+        shown = gr.Image(label="mask", format="png", elem_id="mask", interactive=False, height=400,
+                         buttons=["download"])
         explained = gr.Image(show_label=False, format="png", elem_id="explained", interactive=False,
                              buttons=["download", "fullscreen"])
 
         def show(new):
-            """A Scan in place of the last one, whose clicks and masks go."""
-            depth = len(new.pixels) if new and new.grid else 0
-            middle = depth // 2
-            return {scan: new, clicks: {}, masks: {}, image: slice_of(new, middle, USUAL), said: described(new),
-                    z: gr.Slider(value=middle, maximum=max(1, depth - 1), visible=depth > 1),
-                    window: gr.Radio(value=USUAL, visible=depth > 0), whole: gr.Button(visible=depth > 0),
-                    label: gr.DownloadButton(value=None, visible=False), shown: None, explained: None}
+            """A Scan in place of the last one; look() does the rest."""
+            new = Opened(new)
+            middle = new.depth // 2
+            return {opened: new, seen: f"{new.number} {middle}", image: slice_of(new.scan, middle, USUAL),
+                    z: gr.Slider(value=middle, maximum=max(1, new.depth - 1), visible=new.depth > 1),
+                    window: gr.Radio(value=USUAL, visible=new.depth > 0), whole: gr.Button(visible=new.depth > 0)}
 
         def on_files(paths, series, modality):
             with told():
                 return show(read(paths, series, modality))
 
-        def look(scan, z, window, clicks, masks):
-            pixels = slice_of(scan, z, window)
-            mask, line, used = masks.get(z, (None, described(scan), None))
-            return marked(pixels, clicks.get(z, NOTHING)), None if mask is None else marked(pixels, used, mask), line
-
-        def on_hand(z, clicks, kind, hand):
-            own, (*place, _) = clicks.get(z, NOTHING), map(float, hand.split())
-            return clicks | {z: drag(own, *place) if len(place) == 4 else click(own, kind, *place)}
-
         def next_slice(number):
             number = (number + 1) % 32
             return show(Scan("drawn", drawn(number))) | {turn: number}
 
-        def on_find(scan, z, window, clicks, masks, name, more, *three):
-            own = clicks.get(z, NOTHING)
-            with told():
-                mask, line, picture = find(model, scan, z, window, own, name, three, more, precision)
-            return masks | {z: (mask, line, own)}, picture
+        def check(opened, seen, z=0):
+            """Whether what the browser shows is what is open here; then there is such a slice, or it is said."""
+            same = int(seen.split()[0]) == opened.number
+            if same and not 0 <= z < max(1, opened.depth):
+                raise gr.Error(f"There is no slice {z}: they have the numbers 0 to {max(1, opened.depth) - 1}.")
+            return same
 
-        def on_whole(scan, window, clicks, name, position, texture, shape, progress=gr.Progress(track_tqdm=True)):
-            with told():
-                found, line, path = find_all(model, scan, window, clicks, name, (position, texture, shape), precision)
-            return ({z: (part > 0, line, clicks.get(z, NOTHING)) for z, part in enumerate(found)},
-                    gr.DownloadButton(f"Download (NIfTI) {line}", value=path, visible=True))
+        def look(opened, seen, z, window):
+            if not check(opened, seen, z):  # opened a moment ago, and to be shown as show() does
+                z, window = opened.depth // 2, USUAL
+            pixels = slice_of(opened.scan, z, window)
+            mask, line, used, picture = opened.found.get(z, (None, described(opened.scan), None, None))
+            *_, about, path = opened.volume or ("", None)
+            return (marked(pixels, opened.own(z)), None if mask is None else marked(pixels, used, mask),
+                    html.escape(line), picture, f"{opened.number} {z}",
+                    gr.DownloadButton(f"Download (NIfTI) {about}", value=path, visible=path is not None))
 
-        fresh = [scan, clicks, masks, image, z, window, whole, label, said, shown, explained]
-        at = [scan, z, window, clicks]
-        busy = dict(concurrency_id="scan", concurrency_limit=1)  # nothing new is opened while something is looked for
-        # a veil over the image would swallow the next click
-        marks = dict(concurrency_id="marks", concurrency_limit=1, trigger_mode="multiple", show_progress="hidden")
-        # the slice that is looked at by now, with what belongs to it
-        seeing = dict(fn=look, inputs=[*at, masks], outputs=[image, shown, said], trigger_mode="always_last",
-                      show_progress="hidden")
+        def on_hand(opened, seen, kind, hand):
+            z, (*place, _) = int(seen.split()[1]), hand.split()
+            if check(opened, seen):
+                own, place = opened.own(z), [float(v) for v in place if v != "clear"]
+                opened.clicks[z] = (drag(own, *place) if len(place) == 4 else click(own, kind, *place) if place
+                                    else NOTHING)
+
+        def on_find(opened, seen, z, window, name, modality, filled, more, *three):
+            if not check(opened, seen, z):
+                raise gr.Error("Another image was opened meanwhile: press Find again.")
+            own, three = opened.own(z), asked(name, modality, filled, three)
+            with told():
+                mask, line, picture = find(model, opened.scan, z, window, own, name, three, more, precision)
+            opened.found[z] = mask, line, own, picture
+            if opened.volume and opened.volume[1] == (name, window, three):  # a correction, which its file has as well
+                label = opened.volume[0]
+                label[z] = mask
+                opened.volume = label, opened.volume[1], *write(opened.scan, label, name, through(opened.scan, window))
+
+        def on_whole(opened, seen, window, name, modality, filled, position, texture, shape,
+                     progress=gr.Progress(track_tqdm=True)):
+            if not check(opened, seen):
+                raise gr.Error("Another image was opened meanwhile: press Find in all slices again.")
+            three, clicks = asked(name, modality, filled, (position, texture, shape)), dict(opened.clicks)
+            with told():
+                label, line, path = find_all(model, opened.scan, window, clicks, name, three, precision)
+            opened.found = {z: (part > 0, line, clicks.get(z, NOTHING), None) for z, part in enumerate(label)}
+            opened.volume = label, (name, window, three), line, path
+
+        fresh, texts_of = [opened, seen, image, z, window, whole], [name, modality, filled]
+        in_turn = dict(concurrency_limit=1, trigger_mode="multiple")  # nothing is lost, and nothing overtakes
+        opening, finding = in_turn | dict(concurrency_id="open"), in_turn | dict(concurrency_id="find",
+                                                                               show_progress_on=shown)
+        # the slice that is looked at by now, with what belongs to it; a veil over the image would swallow a click
+        seeing = dict(fn=look, inputs=[opened, seen, z, window], outputs=[image, shown, said, explained, seen, label],
+                      trigger_mode="always_last", show_progress="hidden")
         # shown as it was read: a browser knows neither 16 bits nor TIFF
-        image.upload(lambda new: show(Scan("image", new)), image, fresh, **busy)
-        image.clear(lambda: show(None), None, fresh, **busy)
-        files.upload(on_files, [files, series, modality], fresh, **busy)
-        series.submit(on_files, [files, series, modality], fresh, **busy)
-        another.click(next_slice, turn, [turn, *fresh], **busy)
+        for event in (image.upload(lambda new: show(Scan("image", new)), image, fresh, **opening),
+                      image.clear(lambda: show(None), None, fresh, **opening),
+                      files.upload(on_files, [files, series, modality], fresh, **opening),
+                      series.submit(on_files, [files, series, modality], fresh, **opening),
+                      another.click(next_slice, turn, [turn, *fresh], **opening),
+                      hand.change(on_hand, [opened, seen, kind, hand], None, show_progress="hidden", **in_turn),
+                      button.click(on_find, [opened, seen, z, window, *texts_of, more, *boxes], None, **finding),
+                      whole.click(on_whole, [opened, seen, window, *texts_of, *boxes], None, **finding)):
+            event.success(**seeing)
         for event in (z.input, window.input):
             event(**seeing)
-        hand.change(on_hand, [z, clicks, kind, hand], clicks, **marks).success(**seeing)
-        clear.click(lambda z, clicks: clicks | {z: NOTHING}, [z, clicks], clicks, **marks).success(**seeing)
         for event in (name.select, name.change, modality.select):  # a name that is typed is not selected
-            event(fill, [name, modality], boxes)
-        button.click(on_find, [*at, masks, name, more, *boxes], [masks, explained], **busy).success(**seeing)
-        whole.click(on_whole, [scan, window, clicks, name, *boxes], [masks, label], show_progress_on=shown, **busy
-                    ).success(**seeing)
+            event(fill, [name, modality], [*boxes, filled])
     return page
 
 

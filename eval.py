@@ -25,7 +25,7 @@ from medsegr import Config, MedSegR
 from metrics import (NUMBERS, Journal, dice, iou, overlap_rate, print_table, score, score_labels, score_table,
                      summarise, with_none)
 from runs import dataset_fingerprint, load_checkpoint, newest_checkpoint
-from texts import TEXTS, Rephrased
+from texts import TEXTS, Rephrased, own_texts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of a data set
@@ -140,6 +140,28 @@ def build_model(args):
     return load_checkpoint(args.checkpoint or newest_checkpoint(), sam_checkpoint=args.sam_checkpoint, clip=args.clip)
 
 
+def as_trained(args, record):
+    """Gives the flags of the data that were left out the values that the checkpoint was trained with: of other folds
+    the cases to test on may have been trained on -> lines that say so."""
+    trained, before = record.get("arguments", {}), vars(args).copy()
+    names = (trained.get("dataset") or record.get("dataset") or "").split(",")
+    here = args.dataset in names
+    if here and not args.data:
+        root = dict(zip(names, (trained.get("data") or "").split(","))).get(args.dataset)
+        args.data = root if root and Path(root).is_dir() else None  # it may be of another machine
+        own = own_texts(record, args.dataset) if args.data else None
+        args.attributes_file = args.attributes_file or (own if own and Path(own).is_file() else None)
+    for name, value in dataset_options(args).items() if here else ():
+        setattr(args, name, trained.get(name) if value is None else value)
+    said = flags_of(args, *(name for name, value in before.items() if getattr(args, name) != value))
+    said = ["as the checkpoint was trained: " + " ".join(said)] if said else []
+    if args.dataset == "folder":
+        args.fold, fold = args.fold or 0, trained.get("fold") or 0
+        if here and trained and args.fold != fold:
+            said.append(f"trained with --fold {fold}: cases of fold {args.fold} may have been trained on")
+    return said
+
+
 def parse():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -192,6 +214,8 @@ def main():
     rank, world, device = start_processes()
     model, record = build_model(args)
     args.dataset = args.dataset or record.get("dataset") or "demo"
+    if (said := as_trained(args, record)) and rank == 0:
+        print(*said, sep="\n")
     dataset = open_dataset(args.dataset, args.data, args.split, model.config.image_size, limit=args.limit,
                            **dataset_options(args))
     texts = open_texts(args)

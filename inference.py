@@ -341,7 +341,7 @@ def explain(model, image, answer, target, texts, boxes=None, points=None, precis
     """-> Explanation of one target, by its number, of predict_image's Answer to these texts and prompts, on the image's
     grid, or, where that has more than `most` pixels a side, on every n-th of them."""
     step = -(-max(image.shape[:2]) // most)
-    image = image[step // 2::step, step // 2::step]
+    image = image[tuple(slice(min(step // 2, side - 1), None, step) for side in image.shape[:2])]
     boxes, points = thinned(boxes, step), points and (thinned(points[0], step), points[1])
     on_image = lambda grid: to_original(grid[None].float(), image.shape[:2])[0].cpu().numpy()
     array = lambda x: None if x is None else x[0].float().cpu().numpy()

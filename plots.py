@@ -135,7 +135,7 @@ def prompts(axis, box=None, points=()):
 
 def contour(axis, mask, **style):
     """The outline of a mask, if it has one."""
-    if mask.any() and not mask.all():
+    if mask.any() and not mask.all() and min(mask.shape) > 1:
         axis.contour(mask, [0.5], **style)
 
 

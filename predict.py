@@ -394,8 +394,10 @@ def write_image(args, name, image, answer):
     """A PNG of 0 and 255 for each target, and all of them over the image -> rows of the table."""
     import plots
     masks = list(zip(args.names, answer.masks))
-    rows = [[target, int(mask.sum()), "", f"{iou:.3f}"] for (target, mask), iou in zip(masks, answer.iou.tolist())]
-    for (target, mask), (_, pixels, _, iou), low in zip(masks, rows, answer.iou < answer.min_iou):
+    rows = []
+    for (target, mask), iou, low in zip(masks, answer.iou.tolist(), answer.iou < answer.min_iou):
+        pixels, iou = int(mask.sum()), f"{iou:.3f}"
+        rows.append([target, pixels, "", iou if pixels else ""])
         with whole(args.out / f"{name}-{file_part(target)}.png") as file:
             Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, format="PNG")
         dropped = f", below --min-iou {answer.min_iou:g}: dropped" if low else ""

@@ -23,6 +23,7 @@ from common import (ATTRIBUTES, InputError, Parser, add_runtime_flags, make_fold
                     run, seeded, write_atomically)
 from data import SPLITS, add_data_flags, box_prompt, dataset_options, merge_instances, open_dataset
 from encoders import FeatureCache, fingerprint
+from eval import as_trained
 from inference import UNSURE, autocast
 from medsegr import delta
 from metrics import Journal
@@ -511,7 +512,9 @@ def measure_texts(args):
     """what each text is worth, to which structure"""
     model, record = load_checkpoint(args.checkpoint)
     model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    name = args.dataset or record.get("dataset") or "synapse"
+    args.dataset = name = args.dataset or record.get("dataset") or "synapse"
+    for line in as_trained(args, record):
+        print(line)
     dataset = open_dataset(name, args.data, args.split, model.config.image_size, **dataset_options(args))
     if len(dataset.classes) < 2:
         raise InputError(f"--dataset {name}: has one class, whose texts cannot be swapped; choose synapse")
@@ -522,6 +525,7 @@ def measure_texts(args):
     wordings = Wordings(name, args.attributes_file)
     make_folder(Path(args.json).parent)
     settings = dict(weights=fingerprint(model.trained()), dataset=name, data=str(args.data), split=args.split,
+                    options=dataset_options(args),
                     seed=args.seed, precision=args.precision, texts=str(args.attributes_file),
                     asked=[CHANGED, NONSENSE])
     journal, done = Journal(args.json, 0, json.dumps(settings)), {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from common import MODALITIES, InputError, alone_in, make_folder, read_json, read_text, visible, whole
 from readers import Listed
-from readers.pictures import (SUFFIXES, RawSample, deep_values, is_deep, opened, read_image, split_cases,
+from readers.pictures import (NOISY, SUFFIXES, RawSample, deep_values, is_deep, opaque, opened, read_image, split_cases,
                               to_pixels, unreadable)
 
 VERSION = 1  # of the prepared volumes: others are made anew
@@ -280,8 +280,12 @@ def hold_out(cases):
 
 
 def read_ids(path):
-    """A picture of labels -> uint8 [H,W]: what the file stores, gray values or indices into its palette."""
+    """A picture of labels -> uint8 [H,W]: what the file stores, gray values or indices into its palette, whether they
+    are transparent or not."""
     with opened(path) as (image, halved):
+        if image.format in NOISY or halved:
+            raise InputError(f"{path}: a label of {image.format}, which changes values; store it as PNG, 8 bits gray")
+        image = opaque(image)
         if is_deep(image):
             ids = deep_values(image)
         elif image.mode == "P":
@@ -289,8 +293,6 @@ def read_ids(path):
         else:
             ids = to_pixels(image)
             ids = ids if image.mode != "1" else ids // 255
-        if image.format in ("JPEG", "MPO", "WEBP", "JPEG2000") or halved:
-            raise InputError(f"{path}: a label of {image.format}, which changes values; store it as PNG, 8 bits gray")
     if ids.ndim == 3 and (ids == ids[..., :1]).all():
         ids = ids[..., 0]
     with np.errstate(invalid="ignore"):

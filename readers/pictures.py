@@ -73,6 +73,8 @@ OTHERS = {
     b"\x5c\x01\0\0": "NIfTI; give it with its own suffix, .nii or .nii.gz",
     b"\0\0\x01\x5c": "NIfTI; give it with its own suffix, .nii or .nii.gz"}
 GRAY, COLOUR, ALPHA = ("1", "L"), ("RGB", "RGBX", "P", "CMYK", "YCbCr", "HSV"), ("RGBA", "RGBa", "LA", "La", "PA")
+OPAQUE = {"RGBA": "RGB", "RGBa": "RGB", "LA": "L", "PA": "P"}
+NOISY = ("JPEG", "MPO", "WEBP", "JPEG2000")  # Pillow's names of formats that change values
 
 
 def begins(path, starts):
@@ -172,6 +174,12 @@ def to_pixels(image):
     return pixels
 
 
+def opaque(image):
+    """A loaded image of values, not of what they look like -> the same without its transparency."""
+    image.info.pop("transparency", None)
+    return image.convert(OPAQUE[image.mode]) if image.mode in OPAQUE else image
+
+
 def gray_to_rgb(pixels):
     """[H,W] -> [H,W,3]."""
     return np.repeat(pixels[..., None], 3, 2)
@@ -222,21 +230,27 @@ def to_8_bits(path, image, window, say):
 def read_mask(path):
     """A mask file of two values, 0 and any other -> bool [H,W], upright: where it is not 0.
 
-    A value is what the file stores: an index into its palette, a gray value however dark, a colour. The noise of JPEG,
-    also where it was stored as PNG since, is rounded to 0 and 255. InputError for a third value, or two without a 0; a
-    mask of one value is empty or full, which is for the caller to judge.
+    A value is what the file stores: an index into its palette, a gray value however dark, a colour, whether it is
+    transparent or not; by_alpha() says where the transparency is the mask. The noise of JPEG, also where it was stored
+    as PNG since, is rounded to 0 and 255. InputError for a third value, or two without a 0; a mask of one value is
+    empty or full, which is for the caller to judge.
     """
     with opened(path) as (image, halved):
         if halved:
             raise InputError(f"{path}: a mask of 16 bits a colour; store 0 and 255, 8 bits gray")
+        noisy = image.format in NOISY
+        alpha = np.asarray(image.getchannel(len(image.getbands()) - 1)) if image.mode in ALPHA else None
+        image = opaque(image)
         if is_deep(image):
             values = deep_values(image)
-        elif image.mode == "P" and "transparency" not in image.info:
+        elif image.mode == "P":
             values = palette_values(path, image)
         else:
             values = to_pixels(image)
+            if noisy and alpha is not None:  # WebP leaves any colour where nothing is seen
+                values[alpha == 0] = 0
             values = values if values.ndim == 2 else colour_values(path, values)
-        noisy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000")
+        values = values if alpha is None else by_alpha(path, values, alpha)
     found = np.unique(values)
     if len(found) > (2 if noisy else 8) and values.dtype == np.uint8 and found[-1] > 223:
         check_noise(path, values)
@@ -280,6 +294,23 @@ def colour_values(path, pixels):
         if ndimage.binary_erosion(others, np.ones((5, 5))).any():  # a second colour, and not the blur of an edge
             raise InputError(f"{path}: its structures have several colours; store a mask of 0 and 255 for each")
     return brightest
+
+
+def by_alpha(path, values, alpha):
+    """The values of a mask and its alpha, uint8 [H,W] -> those that tell what it shows: the alpha where all else is of
+    one value, or where it softens the edges of what is drawn on nothing; else the values. What is wholly transparent is
+    the background where nothing else is."""
+    hidden = alpha == 0
+    if (alpha == alpha[0, 0]).all():
+        return values
+    if (values == values[0, 0]).all() or len(np.unique(alpha)) > 8 and (hidden == (values == 0)).all():
+        return alpha
+    if values.all():
+        return np.where(hidden, 0, values)
+    if values[hidden].any():
+        raise InputError(f"{path}: is wholly transparent where its values are not 0, so it may be a mask of either; "
+                         "store 0 and 255, without transparency")
+    return values
 
 
 def check_noise(path, values):

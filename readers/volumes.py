@@ -53,7 +53,8 @@ class Grid:
 
 def make_grid(path, affine, shape, header=None):
     """A Grid; affine in mm and shape are those of the stored axes. InputError where they make no sense."""
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"):  # NIfTI-2 has numbers of 64 bits
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or not sizes.all() or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.01:
         raise InputError(f"{path}: the header's affine {affine[:3].round(3).tolist()} is singular; copy the file "
                          "again, or set its sform")
@@ -108,14 +109,16 @@ def opened(path):
             start = stream.read(348)
             stream.seek(0)
             other = "DICOM" if start[128:132] == b"DICM" else known(start, OTHERS)
-            if start[:4] in NIFTI and start[344:348] == b"ni1\0":
+            kind = NIFTI.get(start[:4])
+            magic = start[4:8] if kind is nib.Nifti2Image else start[344:348] if kind else b""
+            if magic in (b"ni1\0", b"ni2\0"):
                 other = "the header of a NIfTI pair; store header and voxels in one file"
-            elif start[:4] in NIFTI and start[344:348] == bytes(4):
+            elif magic == bytes(4) and kind is nib.Nifti1Image:
                 other = "Analyze, which does not say how the patient lies"
             if other:
                 raise InputError(f"{path}: holds no NIfTI, but is {other}; convert or replace it")
             with np.errstate(all="ignore"):  # of a header's numbers
-                image = NIFTI.get(start[:4], nib.Nifti1Image).from_stream(stream)
+                image = (kind or nib.Nifti1Image).from_stream(stream)
             yield image, stream
     except (InputError, MemoryError):
         raise
@@ -129,7 +132,8 @@ def read_grid(path):
         stored, header, kind = image.shape, image.header, image.get_data_dtype().kind
         affine = np.array(image.affine, float)
         oriented = int(header["sform_code"]) or int(header["qform_code"])
-    if len(stored) < 3 or set(stored[3:]) - {1} or min(stored) < 1 or kind not in "iuf":
+    # the last: NIfTI-2's header has room for more voxels than can be counted
+    if len(stored) < 3 or set(stored[3:]) - {1} or min(stored) < 1 or kind not in "iuf" or math.prod(stored) > 2 ** 48:
         raise InputError(f"{path}: should be one volume of numbers, but is {header.get_data_dtype()} {list(stored)}; "
                          "store three axes")
     if not oriented:  # nibabel would guess, and a wrong guess swaps the kidneys

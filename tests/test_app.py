@@ -296,6 +296,75 @@ def test_a_whole_volume(small, tmp_path, monkeypatch):
     assert count == np.count_nonzero(label) and f"{count} voxels, {count * 1.5 * 0.8 * 3 / 1000:.1f} ml" in said
 
 
+@pytest.fixture
+def events(small, tmp_path, monkeypatch):
+    """What the page does, by the functions' names, and a volume that was opened."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    volume_file(tmp_path / "x.nii.gz", (2, 0, 1), (1, 0, 1))
+    found = {event.name: event.fn for event in app.build(small, app.Texts("synapse"), "").fns.values() if event.fn}
+    return found, app.Opened(app.read([tmp_path / "x.nii.gz"]))
+
+
+def test_a_structure_is_looked_for_by_its_own_texts(events, monkeypatch):
+    """Also if its name was typed a moment ago and the boxes still hold the last one's; one's own texts stay."""
+    (on, opened), texts, taken = events, app.Texts("synapse"), []
+    nothing = np.zeros(opened.scan.pixels.shape[1:], bool)
+    monkeypatch.setattr(app, "find", lambda *args: taken.append(args[6]) or (nothing, "", None))
+    triple = lambda name, modality="ct": [texts(name, modality)[a] for a in app.ATTRIBUTES]
+    own = ["left", "dark", "round"]
+    for name, modality, filled, boxes, truth in (
+            ("liver", "ct", "liver ct", triple("liver"), triple("liver")), ("liver", "ct", "liver ct", own, own),
+            ("spleen", "ct", "liver ct", triple("liver"), triple("spleen")), ("cyst", "ct", "liver ct", own, own),
+            ("liver", "mr", "liver ct", triple("liver"), triple("liver", "mr"))):
+        on["on_find"](opened, f"{opened.number} 1", 1, app.USUAL, name, modality, filled, False, *boxes)
+        assert list(taken[-1]) == truth
+    *boxes, filled = on["fill"]("spleen", "mr")
+    assert boxes == triple("spleen", "mr") and filled == "spleen mr" and on["fill"]("cyst", "ct") == gr.skip()
+
+
+def test_an_answer_stays_with_its_own_image(events):
+    """What was asked of an image that is shown no more: nothing happens to the one that is open by now."""
+    on, first = events
+    second, texts = app.Opened(first.scan), ["left", "bright", "round"]
+    before = f"{first.number} 3"
+    image, mask, line, explained, seen, label = on["look"](second, before, 3, "lung")
+    assert seen == f"{second.number} {second.depth // 2}" and mask is None and line == app.described(first.scan)
+    assert np.array_equal(image, app.marked(app.slice_of(first.scan, second.depth // 2, app.USUAL), app.NOTHING))
+    on["on_hand"](second, before, app.CLICKS[0], "2 2 0")
+    with pytest.raises(gr.Error, match="opened meanwhile"):
+        on["on_find"](second, before, 3, app.USUAL, "cyst", "ct", "", False, *texts)
+    with pytest.raises(gr.Error, match="opened meanwhile"):
+        on["on_whole"](second, before, app.USUAL, "cyst", "ct", "", *texts)
+    assert not second.clicks and not second.found and second.volume is None
+    on["on_find"](first, before, 3, app.USUAL, "a *b* <i>c</i>", "ct", "", True, *texts)
+    image, mask, line, explained, seen, label = on["look"](first, before, 3, app.USUAL)
+    assert mask is not None and explained is not None and seen == before and not label.visible
+    assert line.startswith("a *b* &lt;i&gt;c&lt;/i&gt;: ")  # a name is no markup
+    assert on["look"](first, before, 2, app.USUAL)[1:4] == (None, app.described(first.scan), None)
+    for z in (-1, first.depth):
+        with pytest.raises(gr.Error, match=f"There is no slice {z}: they have the numbers 0 to"):
+            on["look"](first, before, z, app.USUAL)
+
+
+def test_a_correction_is_in_the_volumes_file(events):
+    """What is found anew in a slice after the whole volume; what is found of another structure is not."""
+    (on, opened), texts = events, ["left", "bright", "round"]
+    seen = f"{opened.number} 2"
+    on["on_whole"](opened, seen, app.USUAL, "cyst", "ct", "", *texts)
+    before = opened.volume[0].copy()
+    for z, name, box in ((2, "other", "0 0 6 9 0"), (2, "cyst", "3 2 0 0 0"), (0, "cyst", "1 1 5 7 0")):
+        on["on_hand"](opened, f"{opened.number} {z}", app.CLICKS[0], box)
+        on["on_find"](opened, seen, z, app.USUAL, name, "ct", "", False, *texts)
+        *_, label = on["look"](opened, seen, z, app.USUAL)
+        if name == "cyst":
+            before[z] = opened.found[z][0]
+        stored = np.asarray(nib.as_closest_canonical(nib.load(label.value["path"])).dataobj)[::-1, ::-1].transpose(2, 1, 0)
+        assert np.array_equal(stored, before) and f" cyst: {np.count_nonzero(before)} voxels" in label.label
+    assert before.any() and opened.clicks[0]["box"] and len(opened.found) == len(before)
+    on["on_hand"](opened, seen, app.CLICKS[0], "clear 0")
+    assert opened.clicks[2] == app.NOTHING and opened.clicks[0]["box"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In a browser
 
@@ -390,9 +459,9 @@ def test_points_lie_where_the_hand_was(page, tmp_path, size):
     Image.fromarray(gray).save(tmp_path / "gray.png")
     page.click(CLEAR_IMAGE)
     page.set_input_files("#image input[type=file]", tmp_path / "gray.png")
-    page.wait_for_function("""(size) => {
+    page.wait_for_function("""([w, h]) => {
         const img = document.querySelector("#image img");
-        return img?.complete && img.naturalWidth == size[0] && img.naturalHeight == size[1]
+        return img?.complete && img.naturalWidth == w && document.querySelector("#said").innerText == `image: ${h} x ${w}`
     }""", arg=size, timeout=60_000)
     at, empty, held = hand_over(page), picture_of(page), []
     truth = np.array([[0.15, 0.3], [0.3, 0.8], [0.5, 0.5], [0.7, 0.2], [0.85, 0.7]]) * size
@@ -563,6 +632,62 @@ def test_a_volume(page, tmp_path):
     new_picture(page, lambda: page.click("#another"))
     assert page.locator("#slice").count() == page.locator("#whole").count() == 0
     assert page.hosts == {f"127.0.0.1:{page.port}"} and not list(page.kept.rglob("upload?-*"))
+
+
+def test_an_impatient_hand(page, tmp_path):
+    """Another volume while something is looked for, Find in two slices, Clear between clicks: all of it counts."""
+    for name, depth in (("a", 9), ("b", 5)):
+        values = np.broadcast_to(np.arange(depth) * 40.0 - 100 + 10 * (name == "b"), (50, 40, depth))
+        nib.save(nib.Nifti1Image(values.astype(np.int16), np.diag([1, 1, 2, 1.0])), tmp_path / f"{name}.nii.gz")
+    volumes = {name: read_nifti(tmp_path / f"{name}.nii.gz", None, "ct")[0] for name in "ab"}
+    number = page.locator("#slice input[type=number]")
+    shows = lambda name, z: np.abs(picture_of(page)[..., 0] - volumes[name][z].astype(int)).max() <= 1
+
+    def wait(condition):
+        for _ in range(120):
+            if condition():
+                return
+            page.wait_for_timeout(500)
+        raise AssertionError(f"slice {number.input_value()}, {page.inner_text('#said')}")
+
+    def scroll(z):
+        new_picture(page, lambda: (number.fill(str(z)), number.press("Enter")))
+
+    upload(page, tmp_path / "a.nii.gz")
+    wait(lambda: number.count() and number.input_value() == "4" and shows("a", 4))
+    scroll(8)
+    page.click("#find")
+    page.locator("#files button[aria-label='Clear']").first.click()
+    page.set_input_files("#files input[type=file]", tmp_path / "b.nii.gz")
+    wait(lambda: number.input_value() == "2" and shows("b", 2))
+    page.wait_for_timeout(5000)  # the answer about the first one has come by now
+    assert number.input_value() == "2" and shows("b", 2) and page.inner_text("#said").startswith("b.nii.gz: 5 x 40 x")
+    assert page.locator("#mask img").count() == 0
+
+    page.click("#find")
+    scroll(4)
+    page.click("#find")
+    for z in (4, 2):
+        if z == 2:
+            scroll(2)
+        wait(lambda: page.locator("#mask img").count() and not page.inner_text("#said").startswith("b.nii.gz"))
+
+    at, empty = hand_over(page), picture_of(page)
+    for place in ((10, 10), (30, 10)):
+        page.mouse.click(*at(*place))
+    page.click("#clear")
+    page.mouse.click(*at(20, 30))
+    assert np.abs(crosses(page, empty, 1) - [[20, 30]]).max() < 2
+    page.mouse.move(*at(5, 5))
+    page.mouse.down()
+    page.mouse.move(*at(20, 20), steps=3)
+    page.mouse.wheel(0, 60)
+    page.wait_for_timeout(500)
+    page.mouse.move(*hand_over(page)(30, 25))
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    *box, _ = page.input_value("#hand textarea, #hand input").split()
+    assert np.abs(np.array(box, float) - [5, 5, 30, 25]).max() < 2
 
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"], ["--port", "99999"]])

@@ -173,6 +173,56 @@ def test_other_wordings(model, tmp_path, monkeypatch, capsys):
         run_eval(monkeypatch, capsys, folder, "--attributes-file", tmp_path / "other.json")
 
 
+def test_what_is_left_out_is_as_it_was_trained(small, tmp_path, monkeypatch, capsys):
+    """Drawn data: the same numbers as with the flags, which win where they are given."""
+    from runs import save_checkpoint
+    arguments = dict(dataset="demo", data=None, axes=None, fold=None, overlap=0.0, contrast=None, size=0.5)
+    save_checkpoint(small, tmp_path / "last.safetensors", dataset="demo", arguments=arguments)
+    remembered, said = run_eval(monkeypatch, capsys, tmp_path)
+    assert "as the checkpoint was trained: --overlap 0.0 --size 0.5\n" in said and remembered["size"] == 0.5
+    given, said = run_eval(monkeypatch, capsys, tmp_path, "--overlap", 0.0, "--size", 0.5)
+    assert given == remembered and "as the checkpoint" not in said
+    other, _ = run_eval(monkeypatch, capsys, tmp_path, "--size", 1)
+    assert other["targets"] != given["targets"] and (other["size"], other["overlap"]) == (1, 0)
+
+
+OWN = str(ROOT / "attributes.json")  # a file that is there
+
+
+@pytest.mark.parametrize("trained, flags, found, said", [
+    (dict(dataset="kits19", axes="z"), {}, dict(axes="z"), "as the checkpoint was trained: --axes z"),
+    (dict(dataset="kits19", axes="z"), dict(axes="xyz"), dict(axes="xyz"), ""),
+    (dict(dataset="kits19", data="HERE"), {}, dict(data="HERE"), "as the checkpoint was trained: --data HERE"),
+    (dict(dataset="kits19", data="HERE"), dict(data="other"), dict(data="other"), ""),
+    (dict(dataset="kits19", data="/not/here"), {}, {}, ""),  # another machine's
+    (dict(dataset="kits19", data="HERE", axes="z"), dict(dataset="kvasir"), {}, ""),  # of other data it says nothing
+    (dict(dataset="a,kits19,b", data="/not/here,HERE,/not/here"), dict(dataset="kits19"), dict(data="HERE"), "HERE"),
+    (dict(dataset="a,b,kits19", data="HERE,HERE,/not/here"), dict(dataset="kits19"), {}, ""),
+    (dict(dataset="a,b,kits19", data=None), dict(dataset="kits19"), {}, ""),
+    (dict(dataset="folder", fold=3), {}, dict(fold=3), "as the checkpoint was trained: --fold 3"),
+    (dict(dataset="folder", data="HERE", attributes_file=OWN), {}, dict(data="HERE", fold=0, attributes_file=OWN),
+     f"--attributes-file {OWN}"),  # the texts go with their data
+    (dict(dataset="folder", data="HERE", attributes_file=OWN), dict(data="x"), dict(data="x", fold=0), ""),
+    (dict(dataset="folder", data="HERE", attributes_file="no.json"), {}, dict(data="HERE", fold=0), "--data HERE"),
+    (dict(dataset="folder", fold=None), {}, dict(fold=0), ""),
+    (dict(dataset="folder", fold=0), dict(fold=0), dict(fold=0), ""),
+    (dict(dataset="folder", fold=None), dict(fold=1), dict(fold=1), "trained with --fold 0: cases of fold 1 may"),
+    (dict(dataset="folder", fold=2), dict(fold=0), dict(fold=0), "trained with --fold 2: cases of fold 0 may"),
+    (dict(dataset="folder", fold=2), dict(fold=2), dict(fold=2), ""),
+    (dict(dataset="kvasir"), dict(dataset="folder", fold=1), dict(fold=1), ""),
+    (dict(dataset="kvasir"), dict(dataset="folder"), dict(fold=0), ""),  # the one that is opened
+    ({}, dict(dataset="folder", fold=2), dict(fold=2), ""), ({}, dict(dataset="demo"), {}, "")])
+def test_what_a_checkpoint_remembers_of_its_data(trained, flags, found, said, tmp_path):
+    there = lambda values: {k: v.replace("HERE", str(tmp_path)) if isinstance(v, str) else v for k, v in values.items()}
+    every = dict.fromkeys(("data", "axes", "fold", "overlap", "contrast", "size", "attributes_file"))
+    last = trained.get("dataset", "demo").split(",")[-1]
+    args = SimpleNamespace(**dict(every, dataset=last) | flags)
+    record = dict(dataset=last, step=1) | (dict(arguments=dict(every) | there(trained)) if trained else {})
+    lines = evaluation.as_trained(args, record)
+    assert vars(args) == dict(every, dataset=args.dataset) | there(found)
+    assert len(lines) == bool(said) and said.replace("HERE", str(tmp_path)) in "".join(lines)
+
+
 class LiverAndCorner(Noise):
     """Finds the liver as it is, and a blob in a corner that is none."""
     def __call__(self, sample):

@@ -19,6 +19,9 @@ import eval as evaluation
 import train
 from conftest import fails
 from data import open_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readers.folder import read_ids
 from readers.pictures import RawSample, split_cases
 from texts import Texts
 from test_readers import cases, keys, kvasir, same
@@ -253,6 +256,17 @@ def test_splits(tmp_path):
     fails(lambda: parts(tmp_path), "imagesTs", found["train"][0], "trained on")
 
 
+def test_what_more_cases_do_to_a_split(tmp_path):
+    """They move others between parts that are drawn, and change none that splits_final.json names."""
+    own(tmp_path, "abcdefghij", shape=(1, 8, 8))
+    before, path = parts(tmp_path), tmp_path / "splits_final.json"
+    own(tmp_path, "abcdefghijklmnopqrst", shape=(1, 8, 8))
+    assert set(before["train"] + before["val"]) & set(parts(tmp_path)["test"])
+    path.write_text(json.dumps([dict(train=before["train"] + before["val"], val=before["test"])]))
+    found = parts(tmp_path)
+    assert found["test"] == before["test"] and sorted(sum(found.values(), [])) == sorted(sum(before.values(), []))
+
+
 def test_bad_splits(tmp_path):
     own(tmp_path, "abc", shape=(1, 8, 8))
     path = tmp_path / "splits_final.json"
@@ -365,6 +379,35 @@ def test_pictures_and_how_labels_are_stored(tmp_path):
     fails(read, '"window"', "pictures")
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(("L", "P", "RGB", "LA", "RGBA", "PA", "1", "I;16")), st.sampled_from(("none", "one", "any")),
+       st.integers(2, 256), st.sampled_from(("png", "tif")), st.integers(0, 9999))
+def test_labels_are_the_numbers_stored_whatever_is_transparent(tmp_path_factory, mode, see, count, suffix, seed):
+    """Gray, colour or palette, with an alpha channel or a value that is called transparent."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, count if mode != "1" else 2, (9, 11), dtype=np.uint8)
+    alpha = {"none": np.full((9, 11), 255), "one": np.full((9, 11), rng.integers(256)),
+             "any": rng.integers(0, 256, (9, 11))}[see].astype(np.uint8)
+    file = Image.fromarray(label.astype(np.uint16) if mode == "I;16" else label > 0 if mode == "1" else label)
+    if mode[0] == "P":
+        file = Image.fromarray(label, "P")
+        file.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    elif mode[:3] == "RGB":
+        file = file.convert("RGB")
+    if mode[-1] == "A":
+        file.putalpha(Image.fromarray(alpha))
+    shown, more = int(rng.integers(count)), {}
+    if suffix == "png" and see != "none":
+        more = {"P": dict(transparency=alpha.tobytes() if see == "any" else shown), "RGB": dict(
+            transparency=(shown,) * 3), "L": dict(transparency=shown), "1": dict(transparency=shown % 2),
+            "I;16": dict(transparency=shown)}.get(mode, {})
+    if mode == "PA" and suffix == "png":
+        return  # there is no such PNG
+    path = tmp_path_factory.mktemp("l") / f"x.{suffix}"
+    file.save(path, **more)
+    assert np.array_equal(read_ids(path), label)
+
+
 # --- texts
 
 def test_a_form_for_the_texts_is_written_and_never_over_another(tmp_path, monkeypatch, capsys):
@@ -421,6 +464,40 @@ def runs_of(monkeypatch, capsys, tmp_path, flags):
                for row in csv.DictReader(file)]
     result = json.loads((out / "none.json").read_text())
     return log, {name: result[name] for name in ("table", "modalities", "volumes", "targets", "images", "step")}
+
+
+def test_what_training_says_comes_next_tests_on_no_case_that_was_trained_on(tmp_path, monkeypatch, capsys):
+    """The command that train.py prints finds the data, and the fold, by the checkpoint alone."""
+    folder, out, names = tmp_path / "own", tmp_path / "out", "abcdef"
+    own(folder, names, shape=(2, 12, 16))
+    (folder / "attributes.json").write_text(json.dumps(dict(folder={name: {
+        kind: [f"its {kind}"] for kind in ("position", "texture", "shape")} for name in LABELS if LABELS[name]})))
+    folds = [[f"case{name}" for name in part] for part in ("ab", "cd", "ef")]
+    (folder / "splits_final.json").write_text(json.dumps([
+        dict(train=sorted(set(sum(folds, [])) - set(fold)), val=fold) for fold in folds]))
+
+    def said(main, argv):
+        monkeypatch.setattr(sys, "argv", argv)
+        main()
+        return capsys.readouterr().out
+
+    flags = ["--light", "--image-size", "64", "--feature-grid", "8", "--max-steps", "1", "--batch-size", "2",
+             "--val-slices", "2", "--targets", "1", "--workers", "0", "--cache", "none", "--out", str(out)]
+    for fold in (1, 2):
+        line = said(train.main, ["train.py", "--dataset", "folder", "--data", str(folder), "--fold", str(fold), *flags])
+        command, more = line.split("next: python ")[1].split(), ["--cache", "none", "--json", str(out / "x.json")]
+        line, result = said(evaluation.main, command + more), json.loads((out / "x.json").read_text())
+        assert set(result["volumes"]["case"]) == set(folds[fold]) == set(parts(folder, fold=fold)["test"])
+        assert result["fold"] == fold and f"as the checkpoint was trained: --data {folder} --fold {fold}" in line
+        assert "trained with" not in line
+    line, result = said(evaluation.main, [*command, *more, "--fold", "0"]), json.loads((out / "x.json").read_text())
+    assert "trained with --fold 2: cases of fold 0 may have been trained on" in line and result["fold"] == 0
+    assert set(result["volumes"]["case"]) == set(folds[0])
+    folder.rename(tmp_path / "moved")  # the fold is that of training wherever the data are now
+    fails(lambda: said(evaluation.main, command), "data/folder", "--data")
+    said(evaluation.main, [*command, *more, "--data", str(tmp_path / "moved")])
+    result = json.loads((out / "x.json").read_text())
+    assert set(result["volumes"]["case"]) == set(folds[2]) and result["fold"] == 2
 
 
 def equal_sets(first, second, size):

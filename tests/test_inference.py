@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import inference
+import plots
 from common import LIGHT
 from data import box_prompt, open_dataset, to_original
 from inference import (Answer, Predictor, decode_targets, explain, largest_components, merge_label_map, predict_image,
@@ -183,6 +184,17 @@ def test_a_text_removed_is_a_text_emptied(model):
     assert found.A_pos.shape == found.probability.shape == (40, 56)
     assert found.texts == TEXT and set(found.gate) == {"fused", "sem", "sam"}
     assert sum(found.gate.values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 9000), (9000, 2)])
+def test_very_narrow_pictures_are_explained(model, size, tmp_path):
+    """One pixel wide, or thinned to one: drawn, with a mask of every pixel, of some, and of none."""
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    answer = predict_image(model[0], image, [TEXT])
+    for logit in (-1.0, 1.0, np.linspace(-1, 1, answer.grid.numel())):
+        answer.grid[:] = torch.as_tensor(logit).reshape(answer.grid.shape if np.ndim(logit) else ())
+        plots.explanation(tmp_path / "x.png", "thing", explain(model[0], image, answer, 0, [TEXT]))
+        assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 def test_an_operator_is_left_out(model):

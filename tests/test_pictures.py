@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from common import InputError
 from conftest import fails
@@ -241,6 +242,61 @@ def test_the_noise_of_jpeg_is_rounded(tmp_path, quality, colour):
     Image.open(tmp_path / "m.jpg").save(tmp_path / "m.png")  # and its noise with it
     for name in ("m.jpg", "m.png"):
         assert np.array_equal(read_mask(tmp_path / name), inside)
+
+
+def flat(*bands):
+    """Bands, numbers or arrays -> the Pillow image of TRUTH's size that has them."""
+    return Image.fromarray(np.dstack([np.broadcast_to(band, TRUTH.shape).astype(np.uint8) for band in bands]),
+                           {2: "LA", 3: "RGB", 4: "RGBA"}[len(bands)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(("1", "L", "I;16", "P", "PA", "RGB", "LA", "RGBA")), st.integers(1, 255),
+       st.sampled_from(("one", "seen", "background")), st.sampled_from(("png", "tif")), st.integers(0, 9999))
+def test_masks_are_told_by_their_values_whatever_is_transparent(tmp_path_factory, mode, value, see, suffix, seed):
+    """An alpha of one value, of many, or of none outside; a value or a palette's index that is called transparent."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((9, 11)) < 0.5
+    mask[0, :2] = True, False
+    alpha = {"one": np.full(mask.shape, rng.integers(256)), "seen": rng.integers(1, 256, mask.shape),
+             "background": mask * rng.integers(1, 256)}[see].astype(np.uint8)
+    gray = mask * np.uint8(value)
+    if mode[0] == "P":
+        colour = (0, 0, 0) if see == "one" else tuple(rng.integers(1, 256, 3))
+        image = palette(mask, (0, 0, 0), colour)
+    else:
+        image = Image.fromarray(mask if mode == "1" else gray.astype(np.uint16) if mode == "I;16" else gray)
+        image = image.convert("RGB") if mode[:3] == "RGB" else image
+    if mode[-1] == "A":
+        if mode == "PA" and suffix == "png":
+            return  # there is no such PNG
+        image.putalpha(Image.fromarray(alpha))
+    shown = int(rng.choice([0, 1 if mode in "1P" else value]))
+    more = dict(transparency=(shown,) * 3 if mode == "RGB" else shown) if suffix == "png" and mode[-1] != "A" else {}
+    path = tmp_path_factory.mktemp("m") / f"m.{suffix}"
+    image.save(path, **more)
+    assert np.array_equal(read_mask(path), mask)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_masks_that_are_drawn_on_nothing(tmp_path, suffix):
+    """The alpha alone, or with soft edges, tells them; what may be a mask of either part is refused."""
+    path, inside = tmp_path / f"m.{suffix}", TRUTH * 255
+    soft = np.rint(ndimage.gaussian_filter(TRUTH * 255.0, 1.5))
+    for image, truth in ((flat(0, 0, 0, inside), TRUTH), (flat(255, 255, 255, inside), TRUTH),
+                         (flat(0, 0, 0, soft), soft > 127), (flat(255, 255, 255, soft), soft > 127),
+                         (flat(*[255 * (soft > 0)] * 3, soft), soft > 127), (flat(0, 0, 0, 255), TRUTH & False),
+                         (flat(255, 255, 255, 3), TRUTH | True), (flat(inside, inside, inside, 3), TRUTH)):
+        image.save(path)
+        assert np.array_equal(read_mask(path), truth)
+    if suffix == "webp":  # has no colour where nothing is seen
+        return
+    flat(255, 255 - inside, 255 - inside, inside).save(path)  # red on what would be white
+    assert np.array_equal(read_mask(path), TRUTH)
+    for image in (flat(*[255 - inside] * 3, inside), flat(*[inside] * 3, 255 - inside),
+                  flat(*[inside] * 3, np.where(np.arange(60) < 20, 0, 255))):
+        image.save(path)
+        fails(lambda: read_mask(path), path, "wholly transparent", "without transparency")
 
 
 def test_third_values_are_named(tmp_path):
