@@ -143,11 +143,15 @@ class Opened:
         self.depth = len(scan.pixels) if scan and scan.grid else 0  # of a volume
         self.clicks = {}  # {z: as NOTHING}
         self.found = {}  # {z: (mask bool [H,W], a line about it, the clicks it was found with, an explanation or None)}
-        self.volume = None  # found in all slices: (label uint8 [D,H,W], what was asked, a line about it, its file)
+        self.volume = None  # found in all slices: (label uint8 [D,H,W], name, texts, through(), a line, its file)
 
     def own(self, z):
         """The clicks of a slice."""
         return self.clicks.get(z, NOTHING)
+
+    def keep(self, label, name, texts, window):
+        """What was found in all slices, and its file."""
+        self.volume = label, name, texts, window, *write(self.scan, label, name, window)
 
 
 def placed(folder, number, name):
@@ -335,7 +339,7 @@ def find(model, scan, z, window, clicks, name, texts, with_explanation, precisio
 def find_all(model, scan, window, clicks, name, texts, precision="float32"):
     """A whole volume; clicks: {z: those of slice z}, which help there -> (label uint8 [D,H,W], a line about it, the
     path of its NIfTI file)."""
-    target, name = as_target(scan, texts), name or "structure"
+    target = as_target(scan, texts)
     volume = np.stack([slice_of(scan, z, window)[..., 0] for z in range(len(scan.pixels))])
     label, _ = predict_volume(model, volume, target, precision, min_iou=UNSURE)
     for z, own in clicks.items():
@@ -350,7 +354,8 @@ def write(scan, label, name, window=""):
     path = folder / (re.sub(r"\.(nii(\.gz)?|zip|dcm)$", "", scan.name, flags=re.I) + "-label.nii.gz")
     write_nifti(path, label, scan.grid)
     count, ml = np.count_nonzero(label), abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
-    said = f"{name}: {count} voxels, {count * ml:.1f} ml, in {label.any((1, 2)).sum()} of {len(label)} slices"
+    name, slices = name or "structure", label.any((1, 2)).sum()
+    said = f"{name}: {count} voxels, {count * ml:.1f} ml, in {slices} of {len(label)} slices"
     return said + window + scan.assumed, str(path)
 
 
@@ -442,6 +447,8 @@ def build(model, texts, about, precision="float32"):
                 z, window = opened.depth // 2, USUAL
             pixels = slice_of(opened.scan, z, window)
             mask, line, used, picture = opened.found.get(z, (None, described(opened.scan), None, None))
+            if opened.volume and not Path(opened.volume[-1]).exists():  # deleted after an hour
+                opened.keep(*opened.volume[:4])
             *_, about, path = opened.volume or ("", None)
             return (marked(pixels, opened.own(z)), None if mask is None else marked(pixels, used, mask),
                     html.escape(line), picture, f"{opened.number} {z}",
@@ -461,10 +468,9 @@ def build(model, texts, about, precision="float32"):
             with told():
                 mask, line, picture = find(model, opened.scan, z, window, own, name, three, more, precision)
             opened.found[z] = mask, line, own, picture
-            if opened.volume and opened.volume[1] == (name, window, three):  # a correction, which its file has as well
-                label = opened.volume[0]
-                label[z] = mask
-                opened.volume = label, opened.volume[1], *write(opened.scan, label, name, through(opened.scan, window))
+            if opened.volume and opened.volume[1:3] == (name, three):  # a correction, which the file has as well
+                opened.volume[0][z] = mask
+                opened.keep(*opened.volume[:4])
 
         def on_whole(opened, seen, window, name, modality, filled, position, texture, shape,
                      progress=gr.Progress(track_tqdm=True)):
@@ -474,12 +480,12 @@ def build(model, texts, about, precision="float32"):
             with told():
                 label, line, path = find_all(model, opened.scan, window, clicks, name, three, precision)
             opened.found = {z: (part > 0, line, clicks.get(z, NOTHING), None) for z, part in enumerate(label)}
-            opened.volume = label, (name, window, three), line, path
+            opened.volume = label, name, three, through(opened.scan, window), line, path
 
         fresh, texts_of = [opened, seen, image, z, window, whole], [name, modality, filled]
         in_turn = dict(concurrency_limit=1, trigger_mode="multiple")  # nothing is lost, and nothing overtakes
-        opening, finding = in_turn | dict(concurrency_id="open"), in_turn | dict(concurrency_id="find",
-                                                                               show_progress_on=shown)
+        opening = in_turn | dict(concurrency_id="open")
+        finding = in_turn | dict(concurrency_id="find", show_progress_on=shown)
         # the slice that is looked at by now, with what belongs to it; a veil over the image would swallow a click
         seeing = dict(fn=look, inputs=[opened, seen, z, window], outputs=[image, shown, said, explained, seen, label],
                       trigger_mode="always_last", show_progress="hidden")

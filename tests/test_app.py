@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -355,6 +356,7 @@ def test_a_correction_is_in_the_volumes_file(events):
     for z, name, box in ((2, "other", "0 0 6 9 0"), (2, "cyst", "3 2 0 0 0"), (0, "cyst", "1 1 5 7 0")):
         on["on_hand"](opened, f"{opened.number} {z}", app.CLICKS[0], box)
         on["on_find"](opened, seen, z, app.USUAL, name, "ct", "", False, *texts)
+        Path(opened.volume[-1]).unlink()  # as gradio does after an hour: it is written again
         *_, label = on["look"](opened, seen, z, app.USUAL)
         if name == "cyst":
             before[z] = opened.found[z][0]
