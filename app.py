@@ -61,16 +61,16 @@ your own. **3** If you like, help on the image: click points, or drag a box. **4
 # anew. The picture lies in the middle of its element (object-fit: contain).
 HAND = """() => {
   let from = null, band = null, last = Promise.resolve();
-  const pause = () => new Promise(done => setTimeout(done, 20));
+  const pause = (ms) => new Promise(done => setTimeout(done, ms));
   const picture = () => document.querySelector("#image img");
-  const send = made => last = last.catch(() => {}).then(async () => {
-    while (picture() && !picture().complete) await pause();
-    const words = made();
-    if (!words) return;
+  const send = words => last = last.catch(() => {}).then(async () => {
+    while (picture() && !picture().complete) await pause(20);
+    const written = words();
+    if (!written) return;
     const field = document.querySelector("#hand textarea, #hand input");
-    field.value = [...words, Date.now()].join(" ");
+    field.value = [...written, Date.now()].join(" ");
     field.dispatchEvent(new Event("input", {bubbles: true}));
-    await pause();  // or the next one would take its place before gradio has seen it
+    await pause(100);  // or the next one could take its place, or overtake it on the way
   });
   const place = (box, ...corners) => send(() => {
     const w = picture()?.naturalWidth, h = picture()?.naturalHeight, scale = Math.min(box.width / w, box.height / h);
@@ -133,6 +133,16 @@ class Scan(NamedTuple):
     assumed: str = ""  # what had to be assumed to read it: sentences that follow on a line, or none
 
 
+class Volume(NamedTuple):
+    """What was found in all slices."""
+    label: np.ndarray  # uint8 [D,H,W]
+    name: str
+    texts: list
+    window: str  # as window_note() says it
+    line: str  # about it
+    path: str  # of its NIfTI file
+
+
 class Opened:
     """A Scan that was opened, and what was done on it since, by its slices; an image is slice 0. Events change it in
     place: what is found after another one was opened stays with its own."""
@@ -143,15 +153,15 @@ class Opened:
         self.depth = len(scan.pixels) if scan and scan.grid else 0  # of a volume
         self.clicks = {}  # {z: as NOTHING}
         self.found = {}  # {z: (mask bool [H,W], a line about it, the clicks it was found with, an explanation or None)}
-        self.volume = None  # found in all slices: (label uint8 [D,H,W], name, texts, through(), a line, its file)
+        self.volume = None  # a Volume, if one was found
 
     def own(self, z):
         """The clicks of a slice."""
         return self.clicks.get(z, NOTHING)
 
     def keep(self, label, name, texts, window):
-        """What was found in all slices, and its file."""
-        self.volume = label, name, texts, window, *write(self.scan, label, name, window)
+        """Keeps what was found in all slices, and writes its file."""
+        self.volume = Volume(label, name, texts, window, *write_label(self.scan, label, name, window))
 
 
 def placed(folder, number, name):
@@ -314,7 +324,7 @@ def as_target(scan, texts):
     return [dict(zip(ATTRIBUTES, texts))]
 
 
-def through(scan, window):
+def window_note(scan, window):
     """Says that a volume was not looked at through its usual window."""
     return f"; {window} window" if scan.grid and window != USUAL else ""
 
@@ -333,23 +343,22 @@ def find(model, scan, z, window, clicks, name, texts, with_explanation, precisio
     if mask.any():
         said = (f"{name}: {mask.sum()} pixels, {mask.mean():.1%} of the image; the model expects an IoU of "
                 f"{answer.iou[0]:.2f}")
-    return mask, said + through(scan, window), picture
+    return mask, said + window_note(scan, window), picture
 
 
-def find_all(model, scan, window, clicks, name, texts, precision="float32"):
-    """A whole volume; clicks: {z: those of slice z}, which help there -> (label uint8 [D,H,W], a line about it, the
-    path of its NIfTI file)."""
+def find_all(model, scan, window, clicks, texts, precision="float32"):
+    """A whole volume; clicks: {z: those of slice z}, which help there -> its label, uint8 [D,H,W]."""
     target = as_target(scan, texts)
     volume = np.stack([slice_of(scan, z, window)[..., 0] for z in range(len(scan.pixels))])
     label, _ = predict_volume(model, volume, target, precision, min_iou=UNSURE)
     for z, own in clicks.items():
         if own != NOTHING:
             label[z] = predict_image(model, gray_to_rgb(volume[z]), target, *as_prompts(own), precision).masks[0]
-    return label, *write(scan, label, name, through(scan, window))
+    return label
 
 
-def write(scan, label, name, window=""):
-    """The NIfTI file of a volume's label -> (a line about it, its path)."""
+def write_label(scan, label, name, window=""):
+    """The NIfTI file of a volume's label -> (a line about it, its path); window: as window_note() says it."""
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
     path = folder / (re.sub(r"\.(nii(\.gz)?|zip|dcm)$", "", scan.name, flags=re.I) + "-label.nii.gz")
     write_nifti(path, label, scan.grid)
@@ -423,9 +432,16 @@ def build(model, texts, about, precision="float32"):
             """A Scan in place of the last one; look() does the rest."""
             new = Opened(new)
             middle = new.depth // 2
-            return {opened: new, seen: f"{new.number} {middle}", image: slice_of(new.scan, middle, USUAL),
+            # an image that was taken away is gone in the browser; to say so again could meet the next upload
+            shows = slice_of(new.scan, middle, USUAL) if new.scan else gr.skip()
+            return {opened: new, seen: f"{new.number} {middle}", image: shows,
                     z: gr.Slider(value=middle, maximum=max(1, new.depth - 1), visible=new.depth > 1),
                     window: gr.Radio(value=USUAL, visible=new.depth > 0), whole: gr.Button(visible=new.depth > 0)}
+
+        def on_image(pixels):
+            if pixels is None:
+                raise gr.Error("The image has not arrived: upload it again.")
+            return show(Scan("image", pixels))
 
         def on_files(paths, series, modality):
             with told():
@@ -436,7 +452,7 @@ def build(model, texts, about, precision="float32"):
             return show(Scan("drawn", drawn(number))) | {turn: number}
 
         def check(opened, seen, z=0):
-            """Whether what the browser shows is what is open here; then there is such a slice, or it is said."""
+            """Whether the browser shows what is open here; if so, an error for a slice that is not in it."""
             same = int(seen.split()[0]) == opened.number
             if same and not 0 <= z < max(1, opened.depth):
                 raise gr.Error(f"There is no slice {z}: they have the numbers 0 to {max(1, opened.depth) - 1}.")
@@ -447,12 +463,14 @@ def build(model, texts, about, precision="float32"):
                 z, window = opened.depth // 2, USUAL
             pixels = slice_of(opened.scan, z, window)
             mask, line, used, picture = opened.found.get(z, (None, described(opened.scan), None, None))
-            if opened.volume and not Path(opened.volume[-1]).exists():  # deleted after an hour
-                opened.keep(*opened.volume[:4])
-            *_, about, path = opened.volume or ("", None)
-            return (marked(pixels, opened.own(z)), None if mask is None else marked(pixels, used, mask),
-                    html.escape(line), picture, f"{opened.number} {z}",
-                    gr.DownloadButton(f"Download (NIfTI) {about}", value=path, visible=path is not None))
+            volume = opened.volume
+            if volume and not Path(volume.path).exists():  # deleted after an hour
+                opened.keep(*volume[:4])
+            return (marked(pixels, opened.own(z)) if opened.scan else gr.skip(),
+                    None if mask is None else marked(pixels, used, mask), html.escape(line), picture,
+                    f"{opened.number} {z}",
+                    gr.DownloadButton(f"Download (NIfTI) {volume.line}", value=opened.volume.path, visible=True)
+                    if volume else gr.DownloadButton(value=None, visible=False))
 
         def on_hand(opened, seen, kind, hand):
             z, (*place, _) = int(seen.split()[1]), hand.split()
@@ -468,9 +486,10 @@ def build(model, texts, about, precision="float32"):
             with told():
                 mask, line, picture = find(model, opened.scan, z, window, own, name, three, more, precision)
             opened.found[z] = mask, line, own, picture
-            if opened.volume and opened.volume[1:3] == (name, three):  # a correction, which the file has as well
-                opened.volume[0][z] = mask
-                opened.keep(*opened.volume[:4])
+            volume = opened.volume
+            if volume and (volume.name, volume.texts) == (name, three):  # a correction, which the file has as well
+                volume.label[z] = mask
+                opened.keep(*volume[:4])
 
         def on_whole(opened, seen, window, name, modality, filled, position, texture, shape,
                      progress=gr.Progress(track_tqdm=True)):
@@ -478,9 +497,10 @@ def build(model, texts, about, precision="float32"):
                 raise gr.Error("Another image was opened meanwhile: press Find in all slices again.")
             three, clicks = asked(name, modality, filled, (position, texture, shape)), dict(opened.clicks)
             with told():
-                label, line, path = find_all(model, opened.scan, window, clicks, name, three, precision)
-            opened.found = {z: (part > 0, line, clicks.get(z, NOTHING), None) for z, part in enumerate(label)}
-            opened.volume = label, name, three, through(opened.scan, window), line, path
+                label = find_all(model, opened.scan, window, clicks, three, precision)
+            opened.keep(label, name, three, window_note(opened.scan, window))
+            opened.found = {z: (part > 0, opened.volume.line, clicks.get(z, NOTHING), None)
+                            for z, part in enumerate(label)}
 
         fresh, texts_of = [opened, seen, image, z, window, whole], [name, modality, filled]
         in_turn = dict(concurrency_limit=1, trigger_mode="multiple")  # nothing is lost, and nothing overtakes
@@ -490,7 +510,7 @@ def build(model, texts, about, precision="float32"):
         seeing = dict(fn=look, inputs=[opened, seen, z, window], outputs=[image, shown, said, explained, seen, label],
                       trigger_mode="always_last", show_progress="hidden")
         # shown as it was read: a browser knows neither 16 bits nor TIFF
-        for event in (image.upload(lambda new: show(Scan("image", new)), image, fresh, **opening),
+        for event in (image.upload(on_image, image, fresh, **opening),
                       image.clear(lambda: show(None), None, fresh, **opening),
                       files.upload(on_files, [files, series, modality], fresh, **opening),
                       series.submit(on_files, [files, series, modality], fresh, **opening),

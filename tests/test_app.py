@@ -77,7 +77,7 @@ def test_what_is_missing_is_said():
         with pytest.raises(gr.Error):
             app.find(model, wrong[0], 0, app.USUAL, app.NOTHING, "x", wrong[1], False)
         with pytest.raises(gr.Error):
-            app.find_all(model, wrong[0], app.USUAL, {}, "x", wrong[1])
+            app.find_all(model, wrong[0], app.USUAL, {}, wrong[1])
     clicks = app.NOTHING | dict(box=[5, 8, 30, 20])
     mask, said, picture = app.find(model, scan, 0, app.USUAL, clicks, "", texts, False)
     assert mask.shape == (40, 50) and mask.dtype == bool and picture is None and "structure" in said
@@ -185,7 +185,7 @@ def test_what_is_assumed_is_said(small, tmp_path, monkeypatch):
     for path in (file, packed(tmp_path / "x.zip", [("a/000.dcm", file.read_bytes()), ("b/read me.txt", b"hello")])):
         scan, line = app.read([path]), "has no SliceThickness; 1 mm is assumed for ml"
         assert app.described(scan).endswith(f". {path.name}: {line}")
-        said = app.find_all(small, scan, app.USUAL, {}, "x", ("left", "bright", "round"))[1]
+        said, _ = app.write_label(scan, app.find_all(small, scan, app.USUAL, {}, ("left", "bright", "round")), "x")
         assert "ml, in " in said and said.endswith(f". {path.name}: {line}")
     assert "assumed" not in app.described(app.read(list(series(tmp_path / "t").iterdir())))
 
@@ -280,7 +280,8 @@ def test_a_whole_volume(small, tmp_path, monkeypatch):
     scan, asked = app.read([path]), [dict(zip(app.ATTRIBUTES, texts))]
     boxed = app.drag(app.NOTHING, 0, 0, 3, 4)
     clicks = {1: boxed, 2: app.NOTHING, 3: app.click(app.NOTHING, app.CLICKS[0], 2, 2)}
-    label, said, file = app.find_all(small, scan, app.USUAL, clicks, "", texts)
+    label = app.find_all(small, scan, app.USUAL, clicks, texts)
+    said, file = app.write_label(scan, label, "")
     truth, _ = predict_volume(small, read_nifti(path, None, "ct")[0], asked, progress=False)
     for z in range(len(label)):
         if z in (1, 3):
@@ -342,6 +343,10 @@ def test_an_answer_stays_with_its_own_image(events):
     assert mask is not None and explained is not None and seen == before and not label.visible
     assert line.startswith("a *b* &lt;i&gt;c&lt;/i&gt;: ")  # a name is no markup
     assert on["look"](first, before, 2, app.USUAL)[1:4] == (None, app.described(first.scan), None)
+    with pytest.raises(gr.Error, match="not arrived"):
+        on["on_image"](None)
+    nothing = app.Opened(None)  # what the browser has taken away, is not taken from it once more
+    assert on["look"](nothing, f"{nothing.number} 0", 0, app.USUAL)[:2] == (gr.skip(), None)
     for z in (-1, first.depth):
         with pytest.raises(gr.Error, match=f"There is no slice {z}: they have the numbers 0 to"):
             on["look"](first, before, z, app.USUAL)
@@ -352,11 +357,11 @@ def test_a_correction_is_in_the_volumes_file(events):
     (on, opened), texts = events, ["left", "bright", "round"]
     seen = f"{opened.number} 2"
     on["on_whole"](opened, seen, app.USUAL, "cyst", "ct", "", *texts)
-    before = opened.volume[0].copy()
+    before = opened.volume.label.copy()
     for z, name, box in ((2, "other", "0 0 6 9 0"), (2, "cyst", "3 2 0 0 0"), (0, "cyst", "1 1 5 7 0")):
         on["on_hand"](opened, f"{opened.number} {z}", app.CLICKS[0], box)
         on["on_find"](opened, seen, z, app.USUAL, name, "ct", "", False, *texts)
-        Path(opened.volume[-1]).unlink()  # as gradio does after an hour: it is written again
+        Path(opened.volume.path).unlink()  # as gradio does after an hour: it is written again
         *_, label = on["look"](opened, seen, z, app.USUAL)
         if name == "cyst":
             before[z] = opened.found[z][0]
@@ -688,8 +693,18 @@ def test_an_impatient_hand(page, tmp_path):
     page.mouse.move(*hand_over(page)(30, 25))
     page.mouse.up()
     page.wait_for_timeout(500)
-    *box, _ = page.input_value("#hand textarea, #hand input").split()
-    assert np.abs(np.array(box, float) - [5, 5, 30, 25]).max() < 2
+    written = page.input_value("#hand textarea, #hand input")
+    assert np.abs(np.array(written.split()[:4], float) - [5, 5, 30, 25]).max() < 2
+    page.evaluate("""() => {  // two fingers
+        const img = document.querySelector("#image img"), box = img.getBoundingClientRect();
+        const touch = (kind, first, x) => img.dispatchEvent(new PointerEvent(kind, {bubbles: true, isPrimary: first,
+            pointerType: "touch", pointerId: first ? 1 : 2, clientX: box.left + x, clientY: box.top + 50}));
+        touch("pointerdown", true, 40), touch("pointerdown", false, 90);
+        touch("pointermove", true, 10), touch("pointermove", false, 150), touch("pointerup", true, 10);
+        touch("pointerup", false, 150);
+    }""")
+    page.wait_for_timeout(500)
+    assert page.input_value("#hand textarea, #hand input") == written and page.locator("#band").count() == 0
 
 
 @pytest.mark.parametrize("flags", [["--checkpoint", "/no/such"], ["--port", "x"], ["--port", "99999"]])
